@@ -1,0 +1,37 @@
+# Firn. `make` or `make help` lists what there is.
+
+export PATH := $(PATH):$(shell go env GOPATH)/bin
+.DEFAULT_GOAL := help
+.PHONY: help build check test test-long sim fuzz bench proto fmt
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+build: ## Build ./firn
+	go build -o firn ./cmd/firn
+
+check: ## Format, vet and unit tests, a few minutes: what to run before a commit
+	go run ./test/run -only format,vet,unit
+
+test: ## Everything, with real clients and processes: what CI runs
+	go run ./test/run
+
+test-long: ## Everything in its long variants (hours)
+	go run ./test/run -long -fuzztime 60s
+
+sim: ## The whole-cluster simulation
+	go run ./test/run -only sim
+
+fuzz: ## Every fuzz target, 30 s each
+	go run ./test/run -only fuzz -fuzztime 30s
+
+bench: ## Measure side by side with nbdkit and qemu-nbd; see docs/benchmarks.md
+	go run ./bench
+
+proto: ## Generate the admin API's code
+	go install google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12
+	go install google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.2
+	go generate ./cluster/clusterpb
+
+fmt: ## Format the source
+	gofmt -w $$(git ls-files '*.go' | grep -v '\.pb\.go$$')

@@ -1,0 +1,294 @@
+// Command run is the whole test command of Firn (`make test`). It installs the
+// Debian packages that the end-to-end tests use, or says which are missing and
+// fails, then runs the parts one after another, prints each one's time and what
+// failed, and ends with a plain line "N passed, N failed". Nothing is skipped:
+// a test that cannot run here counts as failed.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"sort"
+	"strings"
+	"time"
+)
+
+// part is one step of the whole. run returns what passed and what failed.
+type part struct {
+	name string
+	run  func(*report)
+}
+
+// report counts the results of one part.
+type report struct {
+	passed, failed int
+	// out is where failures and measurements are shown.
+	out io.Writer
+}
+
+func (r *report) pass() { r.passed++ }
+
+func (r *report) fail(format string, args ...any) {
+	r.failed++
+	fmt.Fprintf(r.out, "FAIL "+format+"\n", args...)
+}
+
+var (
+	long     = flag.Bool("long", false, "run the long variants too (FIRN_TEST_LONG=1)")
+	only     = flag.String("only", "", "run only these parts, separated by commas")
+	fuzzTime = flag.Duration("fuzztime", 2*time.Second, "how long each fuzz target runs")
+)
+
+func main() {
+	flag.Parse()
+	if *long {
+		os.Setenv("FIRN_TEST_LONG", "1")
+	}
+	parts := []part{
+		{"tools", tools},
+		{"format", format},
+		{"vet", vet},
+		{"unit", unit},
+		{"race", race},
+		{"fuzz", fuzz},
+		{"sim", func(r *report) { goTest(r, "-timeout", "20m", "./test/sim/...") }},
+		{"e2e", func(r *report) { goTest(r, "-timeout", "30m", "./test/e2e/...") }},
+	}
+	if *only != "" {
+		wanted := strings.Split(*only, ",")
+		parts = slices.DeleteFunc(parts, func(p part) bool { return !slices.Contains(wanted, p.name) })
+		if len(parts) != len(wanted) {
+			fmt.Fprintf(os.Stderr, "run: no such part among %q\n", *only)
+			os.Exit(2)
+		}
+	}
+	total := report{out: os.Stdout}
+	start := time.Now()
+	for _, p := range parts {
+		r := report{out: os.Stdout}
+		begin := time.Now()
+		p.run(&r)
+		fmt.Printf("%-8s %6.1f s   %d passed, %d failed\n", p.name, time.Since(begin).Seconds(), r.passed, r.failed)
+		total.passed += r.passed
+		total.failed += r.failed
+		if p.name == "tools" && r.failed > 0 {
+			break
+		}
+	}
+	fmt.Printf("total    %6.1f s\n", time.Since(start).Seconds())
+	fmt.Printf("%d passed, %d failed\n", total.passed, total.failed)
+	if total.failed > 0 {
+		os.Exit(1)
+	}
+}
+
+// tool is a program that tests use, and the Debian package that brings it.
+type tool struct{ program, debian string }
+
+var needed = []tool{
+	{"nbdinfo", "libnbd-bin"}, {"nbdcopy", "libnbd-bin"}, {"nbdfuse", "libnbd-bin"}, {"qemu-img", "qemu-utils"}, {"qemu-io", "qemu-utils"},
+	{"fio", "fio"}, {"nbdkit", "nbdkit"}, {"mkfs.ext4", "e2fsprogs"}, {"mkfs.xfs", "xfsprogs"}, {"etcd", "etcd-server"},
+	{"fusermount3", "fuse3"}, {"losetup", "mount"},
+}
+
+// python is a module that has no program of its own.
+const pythonModule, pythonDebian = "nbd", "python3-libnbd"
+
+func missing() []string {
+	lack := map[string]bool{}
+	for _, t := range needed {
+		if !found(t.program) {
+			lack[t.debian] = true
+		}
+	}
+	if exec.Command("/usr/bin/python3", "-c", "import "+pythonModule).Run() != nil {
+		lack[pythonDebian] = true
+	}
+	var names []string
+	for name := range lack {
+		names = append(names, name)
+	}
+	sort.Strings(names)
+	return names
+}
+
+// found also looks where a user's PATH often does not.
+func found(program string) bool {
+	if _, err := exec.LookPath(program); err == nil {
+		return true
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin"} {
+		if info, err := os.Stat(filepath.Join(dir, program)); err == nil && info.Mode()&0o111 != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+func tools(r *report) {
+	lack := missing()
+	if len(lack) == 0 {
+		r.pass()
+		return
+	}
+	if os.Geteuid() == 0 && found("apt-get") {
+		fmt.Fprintf(r.out, "installing %s\n", strings.Join(lack, " "))
+		install := func() ([]byte, error) {
+			cmd := exec.Command("apt-get", append([]string{"install", "-y", "--no-install-recommends"}, lack...)...)
+			cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
+			return cmd.CombinedOutput()
+		}
+		out, err := install()
+		if err != nil {
+			if out, err = exec.Command("apt-get", "update").CombinedOutput(); err == nil {
+				out, err = install()
+			}
+		}
+		if err != nil {
+			fmt.Fprintf(r.out, "%s\n", tail(out, 20))
+		}
+		lack = missing()
+	}
+	if len(lack) > 0 {
+		r.fail("the tests need programs that are not here; install them with\n  apt-get install %s", strings.Join(lack, " "))
+		return
+	}
+	r.pass()
+}
+
+func tail(out []byte, lines int) string {
+	all := strings.Split(strings.TrimSpace(string(out)), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+// command runs one check that passes or fails as a whole.
+func command(r *report, name string, args ...string) string {
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		r.fail("%s %s: %v\n%s", name, strings.Join(args, " "), err, tail(out, 60))
+		return ""
+	}
+	r.pass()
+	return string(out)
+}
+
+func format(r *report) {
+	out, err := exec.Command("sh", "-c", "git ls-files '*.go' | grep -v '\\.pb\\.go$' | xargs gofmt -l").CombinedOutput()
+	if err != nil || len(out) > 0 {
+		r.fail("gofmt: run `make fmt` %v\n%s", err, out)
+		return
+	}
+	r.pass()
+}
+
+func vet(r *report) { command(r, "go", "vet", "./...") }
+
+// packages lists the packages that match, without the ones below test/.
+func packages(r *report) []string {
+	out, err := exec.Command("go", "list", "./...").Output()
+	if err != nil {
+		r.fail("go list: %v", err)
+		return nil
+	}
+	return slices.DeleteFunc(strings.Fields(string(out)), func(p string) bool {
+		return strings.Contains(p, "/test/sim") || strings.Contains(p, "/test/e2e")
+	})
+}
+
+func unit(r *report) { goTest(r, append([]string{"-timeout", "15m"}, packages(r)...)...) }
+
+// raced are the packages with goroutines and locks of their own.
+var raced = []string{"./internal/loop/...", "./internal/payload/...", "./nbd/...", "./cluster/transport/...", "./cluster/node/...", "./cluster/", "./gateway/...", "./cmd/firn/..."}
+
+func race(r *report) { goTest(r, append([]string{"-race", "-short", "-timeout", "15m"}, raced...)...) }
+
+// event is a line of `go test -json`.
+type event struct {
+	Action, Package, Test, Output, ImportPath string
+	Elapsed                                   float64
+}
+
+// goTest runs tests and counts each of them; subtests count too. What a failed
+// test printed is shown, and lines that begin with "measured:" of all tests.
+func goTest(r *report, args ...string) {
+	cmd := exec.Command("go", append([]string{"test", "-json"}, args...)...)
+	cmd.Stderr = r.out
+	pipe, err := cmd.StdoutPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		r.fail("go test: %v", err)
+		return
+	}
+	outputs := map[string]*bytes.Buffer{}
+	failedTests := map[string]bool{}
+	failures := r.failed
+	lines := bufio.NewScanner(pipe)
+	lines.Buffer(nil, 16<<20)
+	for lines.Scan() {
+		var e event
+		if json.Unmarshal(lines.Bytes(), &e) != nil {
+			fmt.Fprintln(r.out, lines.Text())
+			continue
+		}
+		key := e.Package + e.ImportPath + " " + e.Test
+		switch e.Action {
+		case "output", "build-output":
+			if _, text, ok := strings.Cut(e.Output, "measured: "); ok {
+				fmt.Fprintf(r.out, "  measured: %s", text)
+			}
+			if outputs[key] == nil {
+				outputs[key] = &bytes.Buffer{}
+			}
+			outputs[key].WriteString(e.Output)
+		case "pass":
+			if e.Test != "" {
+				r.pass()
+			}
+			delete(outputs, key)
+		case "skip":
+			if e.Test != "" {
+				r.fail("%s skipped itself; a test that cannot run is a failure\n%s", key, outputs[key])
+			}
+		case "fail", "build-fail":
+			// A package fails with its tests; it counts only if no test of it did.
+			if e.Test == "" && failedTests[e.Package] {
+				continue
+			}
+			failedTests[e.Package+e.ImportPath] = true
+			text := ""
+			if outputs[key] != nil {
+				text = tail(outputs[key].Bytes(), 80)
+			}
+			r.fail("%s (%.1f s)\n%s", key, e.Elapsed, text)
+		}
+	}
+	if err := cmd.Wait(); err != nil && r.failed == failures {
+		r.fail("go test %s: %v", strings.Join(args, " "), err)
+	}
+}
+
+// fuzz runs every fuzz target for a moment beyond its seeds.
+func fuzz(r *report) {
+	for _, pkg := range packages(r) {
+		out, err := exec.Command("go", "test", "-list", "^Fuzz", pkg).Output()
+		if err != nil {
+			r.fail("go test -list %s: %v", pkg, err)
+			continue
+		}
+		for _, name := range strings.Fields(string(out)) {
+			if strings.HasPrefix(name, "Fuzz") {
+				command(r, "go", "test", "-run", "^$", "-fuzz", "^"+name+"$", "-fuzztime", fuzzTime.String(), pkg)
+			}
+		}
+	}
+}
