@@ -1,0 +1,245 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// server is one thing to measure.
+type server struct {
+	name  string
+	start func(ctx context.Context, dir string) (*running, error)
+}
+
+// running is a started server with its process group.
+type running struct {
+	cmd     *exec.Cmd
+	uri     string
+	nbd     string // host:port that answers when it is ready
+	metrics string // URL, or empty
+	ready   string // URL that answers 200 when the volume can be used, or empty
+	log     *bytes.Buffer
+	exited  chan struct{} // closed when the process has ended
+}
+
+func servers(firn string) []server {
+	up := func(args ...string) func(context.Context, string) (*running, error) {
+		return func(ctx context.Context, dir string) (*running, error) { return startFirn(ctx, firn, dir, args...) }
+	}
+	return []server{
+		{"nbdkit memory", startNbdkit},
+		{"qemu-nbd file, cached", startQemu("writeback")},
+		{"qemu-nbd file, durable", startQemu("directsync")},
+		{"firn 1 replica", up("--nodes", "1")},
+		{"firn 3 replicas, in process", up("--nodes", "3")},
+		{"firn 3 replicas, gRPC", up("--nodes", "3", "--wire")},
+	}
+}
+
+func freePorts(n int) ([]int, error) {
+	var ports []int
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close()
+		ports = append(ports, l.Addr().(*net.TCPAddr).Port)
+	}
+	return ports, nil
+}
+
+func startNbdkit(ctx context.Context, dir string) (*running, error) {
+	p, err := freePorts(1)
+	if err != nil {
+		return nil, err
+	}
+	return launch(ctx, p[0], "", exec.CommandContext(ctx, "nbdkit", "--foreground", "--port", strconv.Itoa(p[0]), "--ipaddr", "127.0.0.1",
+		"memory", "size="+strconv.Itoa(volumeBytes)))
+}
+
+func startQemu(cache string) func(context.Context, string) (*running, error) {
+	return func(ctx context.Context, dir string) (*running, error) {
+		p, err := freePorts(1)
+		if err != nil {
+			return nil, err
+		}
+		image := filepath.Join(dir, "disk.raw")
+		f, err := os.Create(image)
+		if err != nil {
+			return nil, err
+		}
+		if err := f.Truncate(volumeBytes); err != nil {
+			return nil, err
+		}
+		if err := f.Close(); err != nil {
+			return nil, err
+		}
+		return launch(ctx, p[0], "", exec.CommandContext(ctx, "qemu-nbd", "--persistent", "--shared=8", "--format=raw", "--cache="+cache,
+			"--bind=127.0.0.1", "--port="+strconv.Itoa(p[0]), image))
+	}
+}
+
+func startFirn(ctx context.Context, firn, dir string, args ...string) (*running, error) {
+	p, err := freePorts(3)
+	if err != nil {
+		return nil, err
+	}
+	at := func(i int) string { return "127.0.0.1:" + strconv.Itoa(p[i]) }
+	cmd := exec.CommandContext(ctx, firn, append([]string{"up", "--data", dir, "--nbd", at(0), "--api", at(1), "--http", at(2),
+		"--volume", fmt.Sprintf("bench=%dM", volumeBytes>>20)}, args...)...)
+	r, err := launch(ctx, p[0], "bench", cmd)
+	if err != nil {
+		return nil, err
+	}
+	r.metrics, r.ready = "http://"+at(2)+"/metrics", "http://"+at(2)+"/readyz"
+	return r, nil
+}
+
+func launch(ctx context.Context, port int, export string, cmd *exec.Cmd) (*running, error) {
+	r := &running{cmd: cmd, nbd: "127.0.0.1:" + strconv.Itoa(port), log: &bytes.Buffer{}, exited: make(chan struct{})}
+	r.uri = "nbd://" + r.nbd + "/" + export
+	cmd.Stdout, cmd.Stderr = r.log, r.log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	go func() { cmd.Wait(); close(r.exited) }()
+	return r, nil
+}
+
+// waitReady dials until the server answers, at most a minute.
+func (r *running) waitReady(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if r.answers(ctx) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("not ready: %w\n%s", ctx.Err(), r.log)
+		case <-r.exited:
+			return r.died()
+		case <-tick.C:
+		}
+	}
+}
+
+func (r *running) answers(ctx context.Context) bool {
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "tcp", r.nbd)
+	if err != nil {
+		return false
+	}
+	c.Close()
+	if r.ready == "" {
+		return true
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.ready, nil)
+	if err != nil {
+		return false
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return false
+	}
+	resp.Body.Close()
+	return resp.StatusCode == http.StatusOK
+}
+
+// died returns what the server said if it has ended.
+func (r *running) died() error {
+	select {
+	case <-r.exited:
+		return fmt.Errorf("the server ended: %s", r.log)
+	default:
+		return nil
+	}
+}
+
+func (r *running) stop() {
+	syscall.Kill(-r.cmd.Process.Pid, syscall.SIGTERM)
+	select {
+	case <-r.exited:
+	case <-time.After(20 * time.Second):
+		syscall.Kill(-r.cmd.Process.Pid, syscall.SIGKILL)
+		<-r.exited
+	}
+}
+
+// cpu is the processor time of the server's process so far (threads and
+// reaped children included), in clock ticks of 10 ms.
+func (r *running) cpu() time.Duration {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.cmd.Process.Pid))
+	if err != nil {
+		return 0
+	}
+	// The fields after the last ')': state is field 3, utime field 14, stime 15.
+	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	if len(f) < 13 {
+		return 0
+	}
+	var ticks int64
+	for _, s := range f[11:13] {
+		n, _ := strconv.ParseInt(s, 10, 64)
+		ticks += n
+	}
+	return time.Duration(ticks) * 10 * time.Millisecond
+}
+
+// counters are read from /metrics, summed over a process's disks.
+type counters struct{ log, index, user, syncs float64 }
+
+func (c counters) minus(o counters) counters {
+	return counters{c.log - o.log, c.index - o.index, c.user - o.user, c.syncs - o.syncs}
+}
+
+func (r *running) counters(ctx context.Context) (c counters) {
+	if r.metrics == "" {
+		return c
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.metrics, nil)
+	if err != nil {
+		return c
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return c
+	}
+	defer resp.Body.Close()
+	lines := bufio.NewScanner(io.LimitReader(resp.Body, 16<<20))
+	for lines.Scan() {
+		name, value, ok := strings.Cut(lines.Text(), " ")
+		v, err := strconv.ParseFloat(value, 64)
+		if !ok || err != nil {
+			continue
+		}
+		switch {
+		case strings.HasPrefix(name, "firn_disk_written_bytes_total") && strings.Contains(name, `class="log"`):
+			c.log += v
+		case strings.HasPrefix(name, "firn_disk_written_bytes_total") && strings.Contains(name, `class="index"`):
+			c.index += v
+		case strings.HasPrefix(name, "firn_volume_written_bytes_total"):
+			c.user += v
+		case strings.HasPrefix(name, "firn_disk_syncs_total"):
+			c.syncs += v
+		}
+	}
+	return c
+}
