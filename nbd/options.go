@@ -1,0 +1,91 @@
+package nbd
+
+import (
+	"log/slog"
+	"time"
+
+	"firn.io/firn/nbd/wire"
+)
+
+// Options of a [Server]. Zero values are the defaults.
+//
+// The memory that clients can make a server hold is at most MaxConnections x
+// (about 2 MiB, of which 1 MiB is payload) + TotalBytes.
+type Options struct {
+	// MaxConnections is how many connections may be open; a further one is
+	// closed at once. 128.
+	MaxConnections int
+	// HandshakeTimeout is the time from accept to the transmission phase, not
+	// counting Exports.Open. 10 s.
+	HandshakeTimeout time.Duration
+	// OpenTimeout bounds Exports.Open. 60 s.
+	OpenTimeout time.Duration
+	// StallTimeout is how long a client may leave replies unread or a payload
+	// unfinished. 60 s.
+	StallTimeout time.Duration
+	// ConnectionBytes bounds the payload in flight on one connection; beyond it
+	// the server stops reading. At least, and by default, 64 MiB.
+	ConnectionBytes int64
+	// TotalBytes bounds the payload in flight on all connections, beside the
+	// 1 MiB that each may always have. At least 64 MiB; 256 MiB.
+	TotalBytes int64
+	// Workers bounds the calls to a Backend in flight for one connection. 128.
+	Workers int
+	// Now tells the time for deadlines on sockets. time.Now.
+	Now func() time.Time
+	// Log receives clients coming and going. Discards.
+	Log *slog.Logger
+}
+
+// Limits that no option changes.
+const (
+	// maxOptions bounds the options of one handshake.
+	maxOptions = 32
+	// maxOptionBytes bounds the data of one option.
+	maxOptionBytes = 64 << 10
+	// maxSkipOption and maxSkipPayload bound what is read only to be thrown
+	// away; beyond them the connection ends.
+	maxSkipOption  = 1 << 20
+	maxSkipPayload = 2 * wire.MaxPayload
+
+	maxPiece       = 1 << 20
+	reserveBytes   = maxPiece + headroom
+	minBudget      = 2 * wire.MaxPayload
+	inputBytes     = 128 << 10
+	batchBytes     = 256 << 10
+	maxBatchLoans  = 256
+	maxLendBytes   = batchBytes
+	copyBelow      = 32 << 10
+	maxStates      = 4096
+	maxQueuedBytes = 1 << 20
+)
+
+func (o Options) withDefaults() Options {
+	if o.MaxConnections <= 0 {
+		o.MaxConnections = 128
+	}
+	if o.HandshakeTimeout <= 0 {
+		o.HandshakeTimeout = 10 * time.Second
+	}
+	if o.OpenTimeout <= 0 {
+		o.OpenTimeout = time.Minute
+	}
+	if o.StallTimeout <= 0 {
+		o.StallTimeout = time.Minute
+	}
+	o.ConnectionBytes = max(o.ConnectionBytes, minBudget)
+	if o.TotalBytes <= 0 {
+		o.TotalBytes = 256 << 20
+	}
+	o.TotalBytes = max(o.TotalBytes, minBudget)
+	if o.Workers <= 0 {
+		o.Workers = 128
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return o
+}

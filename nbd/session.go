@@ -1,0 +1,395 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"firn.io/firn/nbd/wire"
+)
+
+// contextID is what base:allocation is called on the wire.
+const contextID = 1
+
+// session is a connection in the transmission phase.
+//
+// One goroutine reads it and answers from lent memory by itself; it gathers
+// those replies in a batch and writes the batch before it would wait for
+// anything. All else goes to at most Options.Workers goroutines, whose replies
+// the combining writer sends in the order in which they end.
+type session struct {
+	ctx        context.Context
+	target     *target
+	structured bool
+	mapped     bool
+
+	in    *input
+	out   *replies
+	batch *batch
+	bytes *allowance
+	count *counters
+	gate  gate
+
+	jobs       chan *piece
+	workers    int
+	maxWorkers int
+	// calling is set while the reading goroutine is inside the Backend.
+	calling bool
+}
+
+// gate counts the requests in flight, and once shut lets none in.
+type gate struct {
+	mu   sync.Mutex
+	in   int
+	shut atomic.Bool
+	// empty is closed once the gate is shut and all have left.
+	empty chan struct{}
+}
+
+func (g *gate) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.shut.Load() {
+		return false
+	}
+	g.in++
+	return true
+}
+
+func (g *gate) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.in--
+	if g.shut.Load() && g.in == 0 {
+		close(g.empty)
+	}
+}
+
+// close shuts the gate and returns what tells that all have left.
+func (g *gate) close() <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.shut.Load() {
+		g.shut.Store(true)
+		if g.in == 0 {
+			close(g.empty)
+		}
+	}
+	return g.empty
+}
+
+// errDisconnect ends a session as the client asked.
+var errDisconnect = errors.New("client disconnected")
+
+// serve reads requests until the client leaves by NBD_CMD_DISC (nil), closes
+// the connection between two requests (io.EOF), or must be left.
+func (s *session) serve() (err error) {
+	defer protect(&s.calling, &err)
+	for {
+		head, err := s.in.peek(wire.RequestLen)
+		if err != nil {
+			return err
+		}
+		r, err := wire.ParseRequest(head)
+		if err != nil {
+			return err
+		}
+		s.in.discard(wire.RequestLen)
+		s.count.request(r.Command)
+		if err := s.handle(r); err != nil {
+			if err == errDisconnect {
+				return nil
+			}
+			return err
+		}
+	}
+}
+
+// handle takes one request. An error ends the connection.
+func (s *session) handle(r wire.Request) error {
+	if r.Command == wire.CmdDisc {
+		return errDisconnect
+	}
+	if e, text := s.check(r); e != 0 {
+		if r.Command == wire.CmdWrite {
+			if r.Length > maxSkipPayload {
+				return fmt.Errorf("%w: write of %d bytes", wire.ErrMalformed, r.Length)
+			}
+			if err := s.in.skip(int(r.Length)); err != nil {
+				return err
+			}
+		}
+		return s.refuse(r, e, text)
+	}
+	if r.Command == wire.CmdRead && !s.gate.shut.Load() && s.lend(r) {
+		return nil
+	}
+	if !s.gate.enter() {
+		if r.Command == wire.CmdWrite {
+			if err := s.in.skip(int(r.Length)); err != nil {
+				return err
+			}
+		}
+		return s.refuse(r, wire.ESHUTDOWN, "the server is shutting down")
+	}
+	switch {
+	case r.Length == 0 && r.Command != wire.CmdFlush:
+		return s.answerEmpty(r)
+	case r.Command == wire.CmdRead:
+		return s.read(r)
+	case r.Command == wire.CmdWrite:
+		return s.write(r)
+	}
+	q := newRequest(s, r, 1)
+	return s.dispatch(q.add(int64(r.Offset), 0, nil))
+}
+
+// check refuses what the Backend must not see.
+func (s *session) check(r wire.Request) (wire.Errno, string) {
+	t := s.target
+	changes := r.Command == wire.CmdWrite || r.Command == wire.CmdTrim || r.Command == wire.CmdWriteZeroes
+	switch {
+	case !s.offers(r.Command):
+		return wire.EINVAL, "unknown command"
+	case r.Flags&^r.Command.AllowedFlags() != 0 || r.Flags&wire.FlagDF != 0 && !s.structured:
+		return wire.EINVAL, "flags that the command does not take"
+	case r.Command == wire.CmdFlush:
+		if r.Offset != 0 || r.Length != 0 {
+			return wire.EINVAL, "a flush has no offset and no length"
+		}
+		return 0, ""
+	case changes && t.readOnly:
+		return wire.EPERM, "the export is read-only"
+	case (r.Command == wire.CmdRead || r.Command == wire.CmdWrite) && r.Length > wire.MaxPayload:
+		return wire.EINVAL, "more than 32 MiB in one request"
+	case r.Command == wire.CmdBlockStatus && r.Length == 0:
+		return wire.EINVAL, "status of no bytes"
+	case !s.covers(r.Offset, r.Length):
+		if changes && r.Command != wire.CmdTrim {
+			return wire.ENOSPC, "beyond the end of the export"
+		}
+		return wire.EINVAL, "beyond the end of the export"
+	}
+	return 0, ""
+}
+
+func (s *session) covers(off uint64, n uint32) bool {
+	s.calling = true
+	ok := s.target.covers(off, n)
+	s.calling = false
+	return ok
+}
+
+// offers tells whether the export has the command.
+func (s *session) offers(c wire.Command) bool {
+	t := s.target
+	switch c {
+	case wire.CmdRead, wire.CmdWrite, wire.CmdFlush, wire.CmdWriteZeroes:
+		return true
+	case wire.CmdTrim:
+		return t.offers&OfferTrim != 0
+	case wire.CmdCache:
+		return t.offers&OfferCache != 0
+	case wire.CmdBlockStatus:
+		return s.mapped && t.offers&OfferMap != 0
+	}
+	return false
+}
+
+// refuse answers without having entered the gate.
+func (s *session) refuse(r wire.Request, e wire.Errno, text string) error {
+	s.count.failed(e)
+	if err := s.room(wire.ChunkHeaderLen + 6 + len(text)); err != nil {
+		return err
+	}
+	if s.structured && (r.Command == wire.CmdRead || r.Command == wire.CmdBlockStatus) {
+		s.batch.setHead(wire.AppendError(s.batch.head(), r.Cookie, e, text))
+	} else {
+		s.batch.setHead(wire.AppendSimpleReply(s.batch.head(), r.Cookie, e))
+	}
+	return nil
+}
+
+// answerEmpty: a request for no bytes succeeds.
+func (s *session) answerEmpty(r wire.Request) error {
+	defer s.gate.leave()
+	if err := s.room(wire.ChunkHeaderLen); err != nil {
+		return err
+	}
+	if s.structured && r.Command == wire.CmdRead {
+		s.batch.setHead(wire.AppendNone(s.batch.head(), r.Cookie))
+	} else {
+		s.batch.setHead(wire.AppendSimpleReply(s.batch.head(), r.Cookie, 0))
+	}
+	return nil
+}
+
+// lend answers a read from memory, if memory has it.
+func (s *session) lend(r wire.Request) bool {
+	n := int(r.Length)
+	if s.target.lender == nil || n == 0 || n > maxLendBytes-headroom || !s.batch.fits(headroom+n) && s.flush() != nil {
+		return false
+	}
+	s.calling = true
+	loan, ok := s.target.lender.Lend(int64(r.Offset), n)
+	s.calling = false
+	if !ok {
+		return false
+	}
+	if s.structured {
+		s.batch.setHead(wire.AppendOffsetData(s.batch.head(), r.Cookie, true, r.Offset, n))
+	} else {
+		s.batch.setHead(wire.AppendSimpleReply(s.batch.head(), r.Cookie, 0))
+	}
+	s.batch.lend(loan)
+	s.count.memoryRead.Add(1)
+	s.count.readBytes.Add(uint64(n))
+	return true
+}
+
+// split returns the length of the piece that starts at off with n bytes left:
+// pieces end at multiples of the Backend's maximum.
+func (s *session) split(off int64, n int) int {
+	return min(n, s.target.piece-int(off%int64(s.target.piece)))
+}
+
+func (s *session) countPieces(off int64, n int) (pieces int) {
+	for n > 0 {
+		k := s.split(off, n)
+		off, n, pieces = off+int64(k), n-k, pieces+1
+	}
+	return pieces
+}
+
+// read sends a read to the workers. If it may be answered in chunks, each piece
+// takes its memory when there is some; otherwise all must be in hand before the
+// reply begins, and the memory is taken at once so that two reads cannot wait
+// for each other's.
+func (s *session) read(r wire.Request) error {
+	off, n := int64(r.Offset), int(r.Length)
+	q := newRequest(s, r, s.countPieces(off, n))
+	q.chunked = q.planned > 1 && s.structured && r.Flags&wire.FlagDF == 0
+	var all charge
+	if !q.chunked {
+		var cost int64
+		for o, left := off, n; left > 0; {
+			k := s.split(o, left)
+			cost, o, left = cost+bufferCost(k), o+int64(k), left-k
+		}
+		var err error
+		if all, err = s.take(cost); err != nil {
+			return s.abandon(q, err)
+		}
+	}
+	for n > 0 {
+		k := s.split(off, n)
+		c := all
+		if q.chunked {
+			var err error
+			if c, err = s.take(bufferCost(k)); err != nil {
+				return s.abandon(q, err)
+			}
+		} else {
+			c = all.split(bufferCost(k))
+		}
+		if err := s.dispatch(q.add(off, k, newBuffer(k, c))); err != nil {
+			return err
+		}
+		off, n = off+int64(k), n-k
+	}
+	return nil
+}
+
+// write reads the payload piece by piece and sends each to the workers while
+// the next arrives.
+func (s *session) write(r wire.Request) error {
+	off, n := int64(r.Offset), int(r.Length)
+	q := newRequest(s, r, s.countPieces(off, n))
+	for n > 0 {
+		k := s.split(off, n)
+		c, err := s.take(bufferCost(k))
+		if err != nil {
+			return s.abandon(q, err)
+		}
+		buf := newBuffer(k, c)
+		if err := s.in.full(buf.data()); err != nil {
+			buf.free()
+			return s.abandon(q, err)
+		}
+		if err := s.dispatch(q.add(off, k, buf)); err != nil {
+			return err
+		}
+		off, n = off+int64(k), n-k
+	}
+	return nil
+}
+
+// abandon gives up the pieces that q will never get, because its connection is
+// over; the last of the others ends it.
+func (s *session) abandon(q *request, err error) error {
+	q.fail(err)
+	q.done(q.planned - len(q.pieces))
+	return err
+}
+
+// take pays for n bytes of payload. Before it waits it writes what is ready.
+func (s *session) take(n int64) (charge, error) {
+	if c, ok := s.bytes.try(n); ok {
+		return c, nil
+	}
+	if err := s.flush(); err != nil {
+		return charge{}, err
+	}
+	return s.bytes.take(s.ctx, n)
+}
+
+// dispatch gives a piece to a worker, and starts one if none is idle.
+func (s *session) dispatch(p *piece) error {
+	select {
+	case s.jobs <- p:
+		return nil
+	default:
+	}
+	if s.workers < s.maxWorkers {
+		s.workers++
+		go s.work(p)
+		return nil
+	}
+	err := s.flush()
+	s.jobs <- p
+	return err
+}
+
+// work does p and then what dispatch brings until the session ends.
+func (s *session) work(p *piece) {
+	for ok := true; ok; p, ok = <-s.jobs {
+		p.run()
+	}
+}
+
+// room makes room for n bytes in the batch.
+func (s *session) room(n int) error {
+	if s.batch.fits(n) {
+		return nil
+	}
+	return s.flush()
+}
+
+// flush writes the batch.
+func (s *session) flush() error {
+	if s.batch.n == 0 {
+		return nil
+	}
+	return s.out.sendAndWait(s.batch)
+}
+
+// finish waits until the requests in flight have ended and their replies are
+// written or cannot be. The reading goroutine calls it last.
+func (s *session) finish() error {
+	err := s.flush()
+	<-s.gate.close()
+	close(s.jobs)
+	return err
+}
