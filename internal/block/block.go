@@ -87,6 +87,29 @@ func (id ClusterID) String() string { return FormatUUID(id) }
 func (id VolumeID) String() string  { return FormatUUID(id) }
 func (id DiskID) String() string    { return FormatUUID(id) }
 
+// MarshalText gives the 8-4-4-4-12 form, also as JSON.
+func (id ClusterID) MarshalText() ([]byte, error) { return []byte(FormatUUID(id)), nil }
+
+// MarshalText gives the 8-4-4-4-12 form, also as JSON.
+func (id VolumeID) MarshalText() ([]byte, error) { return []byte(FormatUUID(id)), nil }
+
+// MarshalText gives the 8-4-4-4-12 form, also as JSON.
+func (id DiskID) MarshalText() ([]byte, error) { return []byte(FormatUUID(id)), nil }
+
+// UnmarshalText reads the 8-4-4-4-12 form.
+func (id *ClusterID) UnmarshalText(b []byte) error { return unmarshalUUID((*[16]byte)(id), b) }
+
+// UnmarshalText reads the 8-4-4-4-12 form.
+func (id *VolumeID) UnmarshalText(b []byte) error { return unmarshalUUID((*[16]byte)(id), b) }
+
+// UnmarshalText reads the 8-4-4-4-12 form.
+func (id *DiskID) UnmarshalText(b []byte) error { return unmarshalUUID((*[16]byte)(id), b) }
+
+func unmarshalUUID(id *[16]byte, b []byte) (err error) {
+	*id, err = ParseUUID(string(b))
+	return err
+}
+
 // IsZero tells whether the id was never set.
 func (id ClusterID) IsZero() bool { return id == ClusterID{} }
 
