@@ -44,6 +44,8 @@ type Group struct {
 	tail   tail
 	staged map[EntryID]held // received or proposed in this turn, not yet accepted by Raft
 
+	writes []*write // on their way to the log, oldest first
+
 	queue   []proposal // to be proposed at the end of the turn
 	pending []proposal // entries of this term that this replica leads, by index
 
@@ -60,7 +62,7 @@ type Group struct {
 // proposal is a command on its way to apply.
 type proposal struct {
 	index   uint64
-	cmd     *wire.Command
+	data    []byte // the encoded command, until it is proposed
 	payload *payload.Buf
 	bytes   int64
 	done    func(wire.ApplyResult, wire.Status)
@@ -148,31 +150,37 @@ func (g *Group) Progress() []Progress {
 // exactly once, on the loop, after the turn:
 //
 //   - StatusOK with what apply made of exactly this entry;
-//   - StatusNotLeader, StatusBusy: refused, nothing was proposed;
+//   - StatusNotLeader, StatusBusy, StatusInvalid (cmd does not decode, or p is
+//     not what it says): refused, nothing was proposed;
 //   - StatusDropped: the lead was lost or the replica halted or closed; the
 //     command may or may not take effect (W4).
 //
-// Propose sets cmd.Payload, and cmd and its slices must not change afterwards.
-// It takes over the caller's hold of p.
+// Propose sets cmd.Payload and keeps nothing else of cmd. It takes over the
+// caller's hold of p.
 func (g *Group) Propose(cmd *wire.Command, p *payload.Buf, done func(wire.ApplyResult, wire.Status)) {
-	pr := proposal{cmd: cmd, payload: p, bytes: entryOverhead + int64(len(cmd.VolumeValue)), done: done}
-	if p != nil {
-		pr.bytes += int64(p.Len())
-	}
+	h := g.host
+	h.counter++
+	cmd.Payload = wire.PayloadID{Replica: uint64(g.cfg.Replica), Incarnation: h.cfg.Incarnation, Counter: h.counter}
+	pr := proposal{data: wire.AppendCommand(make([]byte, 0, commandBytes+len(cmd.VolumeValue)), cmd), payload: p, done: done}
+	pr.bytes = entryOverhead + int64(len(pr.data)+payloadLen(p))
+	_, n, _ := wire.PeekPayload(pr.data)
 	switch {
+	case wire.DecodeCommand(pr.data, &h.check) != nil || int(n) != payloadLen(p):
+		// What does not decode would halt every replica when it is applied.
+		g.refuse(pr, wire.StatusInvalid)
 	case !g.Leading() || g.closed:
 		g.refuse(pr, wire.StatusNotLeader)
-		return
-	case g.host.proposed > 0 && g.host.proposed+pr.bytes > g.host.limits.ProposedBytes:
+	case h.proposed > 0 && h.proposed+pr.bytes > h.limits.ProposedBytes:
 		g.refuse(pr, wire.StatusBusy)
-		return
+	default:
+		h.proposed += pr.bytes
+		g.queue = append(g.queue, pr)
+		h.mark(g)
 	}
-	g.host.proposed += pr.bytes
-	g.host.counter++
-	cmd.Payload = wire.PayloadID{Replica: uint64(g.cfg.Replica), Incarnation: g.host.cfg.Incarnation, Counter: g.host.counter}
-	g.queue = append(g.queue, pr)
-	g.host.mark(g)
 }
+
+// commandBytes holds most encoded commands.
+const commandBytes = 192
 
 // entryOverhead is what an entry costs in memory besides its payload, roughly.
 const entryOverhead = 512
@@ -184,7 +192,7 @@ func (g *Group) refuse(pr proposal, why wire.Status) {
 	if why == wire.StatusBusy {
 		g.host.counters.Busy++
 	}
-	g.host.loop.Post(func() { pr.done(wire.ApplyResult{}, why) })
+	g.host.answer(answer{done: pr.done, status: why})
 }
 
 // ReadIndex calls done on the loop with ok once this replica has applied all
@@ -193,7 +201,7 @@ func (g *Group) refuse(pr proposal, why wire.Status) {
 // lead or loses the lead meanwhile.
 func (g *Group) ReadIndex(done func(index uint64, ok bool)) {
 	if !g.Leading() || g.closed {
-		g.host.loop.Post(func() { done(0, false) })
+		g.host.answer(answer{read: done})
 		return
 	}
 	g.askReads = append(g.askReads, read{done: done})
@@ -252,7 +260,7 @@ func (g *Group) Truncate(index uint64, done func(error)) {
 		g.host.loop.Post(func() { done(g.failed) })
 		return
 	}
-	g.append(LogWrite{Truncate: &EntryID{Index: index, Term: term}}, func(err error) { done(err) })
+	g.append(LogWrite{Truncate: &EntryID{Index: index, Term: term}}, &write{done: done})
 }
 
 // Close ends the replica: proposals end as dropped, reads as not ok. Its log
@@ -264,7 +272,6 @@ func (g *Group) Close() {
 	g.closed = true
 	g.dropAll()
 	g.release()
-	g.disk.groups--
 	g.host.remove(g)
 }
 
@@ -303,7 +310,7 @@ func (g *Group) dropPending() {
 		reads := *list
 		*list = nil
 		for _, r := range reads {
-			g.host.loop.Post(func() { r.done(0, false) })
+			g.host.answer(answer{read: r.done})
 		}
 	}
 	for _, f := range g.followers {
@@ -318,7 +325,7 @@ func (g *Group) end(pr proposal, res wire.ApplyResult, st wire.Status) {
 	if st == wire.StatusDropped {
 		g.host.counters.Dropped++
 	}
-	g.host.loop.Post(func() { pr.done(res, st) })
+	g.host.answer(answer{done: pr.done, result: res, status: st})
 }
 
 func (g *Group) release() {

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"firn.io/firn/cluster/transport"
+	"firn.io/firn/cluster/wire"
 	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/loop"
 )
@@ -84,8 +85,11 @@ type Host struct {
 	disks  []*disk
 	lanes  []*lane // by node id
 
+	opening  map[block.GroupID]bool
 	dirty    []*Group
-	deferred bool // a flush is due at the end of this turn
+	answers  []answer
+	spare    []answer // the array of the last flush's answers, for reuse
+	deferred bool     // a flush is due at the end of this turn
 	ticks    uint64
 	timer    loop.Timer
 
@@ -99,6 +103,8 @@ type Host struct {
 	drainDone func()
 	drainEnd  uint64
 	counters  Counters
+	command   wire.Command // decoded for apply, one at a time
+	check     wire.Command // decoded for Propose
 }
 
 // Counters count since the host began.
@@ -117,7 +123,6 @@ type Counters struct {
 // disk watches the oldest write to one disk that has not returned.
 type disk struct {
 	id     block.DiskID
-	groups int
 	writes []uint64 // the ticks at which writes in flight began
 	warned uint64   // the tick at which leaders were last sent away
 }
@@ -140,7 +145,7 @@ func NewHost(cfg Config) *Host {
 	if cfg.Logf == nil {
 		cfg.Logf = func(string, ...any) {}
 	}
-	return &Host{cfg: cfg, loop: cfg.Loop, limits: l, groups: make(map[block.GroupID]*Group)}
+	return &Host{cfg: cfg, loop: cfg.Loop, limits: l, groups: make(map[block.GroupID]*Group), opening: make(map[block.GroupID]bool)}
 }
 
 // Start begins to tick.
@@ -270,11 +275,43 @@ func (h *Host) flush() {
 		g.flush()
 	}
 	h.dirty = h.dirty[:0]
-	h.deferred = false
 	for _, l := range h.lanes {
 		h.sendBeats(l)
 	}
 	h.evict()
+	h.deferred = false
+	// What is answered may ask for more: that makes another flush of this turn.
+	answers := h.answers
+	h.answers = h.spare[:0]
+	for i := range answers {
+		answers[i].give()
+		answers[i] = answer{}
+	}
+	h.spare = answers
+}
+
+// answer is the end of a proposal or of a read, given at the end of a flush.
+type answer struct {
+	done   func(wire.ApplyResult, wire.Status)
+	result wire.ApplyResult
+	status wire.Status
+
+	read  func(index uint64, ok bool)
+	index uint64
+	ok    bool
+}
+
+func (a *answer) give() {
+	if a.done != nil {
+		a.done(a.result, a.status)
+	} else {
+		a.read(a.index, a.ok)
+	}
+}
+
+func (h *Host) answer(a answer) {
+	h.answers = append(h.answers, a)
+	h.flushLater()
 }
 
 // Receive takes a message of TypeRaft or TypeHeartbeat from another node.

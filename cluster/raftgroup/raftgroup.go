@@ -95,7 +95,8 @@ type StateMachine interface {
 	Applied() EntryID
 	// Conf is what ApplyConf, or the group's creation, gave last: an encoded Conf.
 	Conf() []byte
-	// Apply applies a command. An error halts the replica (S6).
+	// Apply applies a command. cmd is valid during the call; its slices may be
+	// kept. An error halts the replica (S6).
 	Apply(id EntryID, cmd *wire.Command) (wire.ApplyResult, error)
 	// ApplyEmpty notes an entry without effect (a new leader's first).
 	ApplyEmpty(id EntryID)
