@@ -33,3 +33,14 @@ func TestMain(m *testing.M) {
 	fmt.Fprintln(os.Stderr, nbd.NewServer(nbd.Fixed{*nbd.DeviceExport(dev, nil)}, nbd.Options{}).Serve(l))
 	os.Exit(1)
 }
+
+// shortDir is a temporary directory whose path fits a socket's name.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "nbd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
