@@ -39,7 +39,9 @@ type Group struct {
 	stable  uint64    // the last entry known durable here
 	lead    block.ReplicaID
 	role    raft.StateType
-	slowest uint64 // the lowest match of all members, from the leader
+	// awayUntil is the tick until which a transfer of the lead is under way.
+	awayUntil uint64
+	slowest   uint64 // the lowest match of all members, from the leader
 
 	tail   tail
 	staged map[EntryID]held // received or proposed in this turn, not yet accepted by Raft
@@ -218,10 +220,15 @@ func (g *Group) TransferLeader(to block.ReplicaID) {
 }
 
 // SendLeaderAway moves the lead to the voter that is most caught up among those
-// heard lately. It returns false when there is none.
+// heard lately. It returns false when there is none; then it is worth another
+// try at the next tick, since who was heard is counted anew at each election
+// time-out. Calls while a transfer is under way change nothing.
 func (g *Group) SendLeaderAway() bool {
 	if !g.Leading() {
 		return false
+	}
+	if g.awayUntil > g.host.ticks {
+		return true
 	}
 	var best uint64
 	var match uint64
@@ -233,6 +240,7 @@ func (g *Group) SendLeaderAway() bool {
 	if best == 0 {
 		return false
 	}
+	g.awayUntil = g.host.ticks + ElectionTicks
 	g.raft.TransferLeader(best)
 	g.host.mark(g)
 	return true

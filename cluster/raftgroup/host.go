@@ -117,14 +117,13 @@ type Counters struct {
 	Heartbeats               uint64 // messages, each of many groups
 	WindowReads              uint64 // reads of the log for followers
 	ReadErrors               uint64
-	SlowDisks                uint64
+	SlowDiskTicks            uint64 // ticks at which a disk was found slow
 }
 
 // disk watches the oldest write to one disk that has not returned.
 type disk struct {
 	id     block.DiskID
 	writes []uint64 // the ticks at which writes in flight began
-	warned uint64   // the tick at which leaders were last sent away
 }
 
 // NewHost returns a host without groups. Start it before opening any.
@@ -181,7 +180,8 @@ func (h *Host) Drain(done func()) {
 func (h *Host) drain() {
 	leading := false
 	for _, g := range h.order {
-		if g.Leading() && g.SendLeaderAway() {
+		if g.Leading() && !g.conf.sole(g.cfg.Replica) {
+			g.SendLeaderAway()
 			leading = true
 		}
 	}
@@ -216,7 +216,7 @@ func (h *Host) tick() {
 	for _, l := range h.lanes {
 		h.watchLane(l)
 	}
-	if h.draining && h.ticks%(ElectionTicks/2) == 0 || h.drainDone != nil {
+	if h.draining {
 		h.drain()
 	}
 }
@@ -225,11 +225,10 @@ func (h *Host) tick() {
 // Time counts in ticks of this loop, so that a pause of the whole process does
 // not look like a slow disk.
 func (h *Host) watchDisk(d *disk) {
-	if len(d.writes) == 0 || h.ticks-d.writes[0] < SlowDiskTicks || h.ticks-d.warned < SlowDiskTicks {
+	if len(d.writes) == 0 || h.ticks-d.writes[0] < SlowDiskTicks {
 		return
 	}
-	d.warned = h.ticks
-	h.counters.SlowDisks++
+	h.counters.SlowDiskTicks++
 	for _, g := range h.order {
 		if g.disk == d && g.Leading() {
 			g.SendLeaderAway()

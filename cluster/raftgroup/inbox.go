@@ -64,7 +64,7 @@ func (g *Group) stage(m *pb.Message, withPayload []bool, msg transport.Message) 
 		if n := payloadBytes(e); n != payloadLen(en.payload) {
 			return fail(block.Invalid, "entry %d: payload of %d bytes, its command says %d", e.GetIndex(), payloadLen(en.payload), n)
 		}
-		if e.GetIndex() <= g.commit {
+		if e.GetIndex() <= g.commit && m.GetTerm() >= g.hard.Term {
 			if t, ok := g.term(e.GetIndex()); ok && t != e.GetTerm() {
 				err := fail(block.Corrupt, "entry %d is committed here with term %d, the leader has term %d", e.GetIndex(), t, e.GetTerm())
 				g.fail(err)

@@ -125,7 +125,7 @@ func (g *Group) turn(st *raft.SoftState) {
 	}
 	g.role, g.lead = st.RaftState, block.ReplicaID(st.Lead)
 	if g.role == raft.StateLeader {
-		g.slowest = 0
+		g.slowest, g.awayUntil = 0, 0
 	}
 	if g.cfg.Changed != nil {
 		g.host.loop.Post(func() {

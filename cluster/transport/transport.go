@@ -47,6 +47,7 @@ const (
 	TypeRequest   Type = 3 // cluster/wire: an operation of a gateway
 	TypeResponse  Type = 4 // cluster/wire: its answer
 	TypeHello     Type = 5 // first message of a connection: cluster id, sender
+	TypeSpace     Type = 6 // cluster/node: how full the sender's disks are (S7)
 )
 
 // Message is what travels. Send takes over one hold of each payload; Receive
