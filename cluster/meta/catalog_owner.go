@@ -196,8 +196,9 @@ func ReleaseOwner(ctx context.Context, s Store, id block.VolumeID, nonce block.N
 }
 
 // ForceOwner removes an owner that may still be alive, and marks that in the
-// same transaction: the next owner waits (F3). It returns the removed owner.
-// NotFound: the volume is not attached.
+// same transaction: the next owner waits (F3). The epoch rises, so that the
+// removed one cannot come back by ReattachOwner. It returns the removed owner.
+// NotFound: the volume is not attached (any more).
 func ForceOwner(ctx context.Context, s Store, id block.VolumeID) (OwnerMeta, error) {
 	var out OwnerMeta
 	err := attempt(ctx, "detach the volume by force", func() (bool, error) {
@@ -216,6 +217,7 @@ func ForceOwner(ctx context.Context, s Store, id block.VolumeID) (OwnerMeta, err
 			return false, err
 		}
 		v.Forced = true
+		v.Epoch++
 		r, err := s.Txn(ctx, Txn{
 			If:   []Cond{Unchanged(kv), Unchanged(ownerKV)},
 			Then: []Op{Delete(ownerKV.Key), Put(kv.Key, EncodeVolume(v), 0)},

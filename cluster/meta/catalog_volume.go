@@ -110,7 +110,8 @@ func (n *NodeMeta) Usable() bool {
 }
 
 // RenameVolume moves a volume to a new name, attached or not. Exists: the new
-// name is taken. The old name is free at once.
+// name is taken. The old name is free at once. NotFound: no volume has the old
+// name, perhaps because an earlier call that failed has happened.
 func RenameVolume(ctx context.Context, s Store, name, to string) (VolumeMeta, error) {
 	if err := CheckVolumeName(to); err != nil {
 		return VolumeMeta{}, err
@@ -243,7 +244,8 @@ func WantSize(ctx context.Context, s Store, id block.VolumeID, sizeBytes int64) 
 
 // DeleteVolume frees the volume's name and sets it to Deleting, under a new
 // epoch; the coordinator deletes its data and then its key. Busy while it is
-// attached. NotFound if no volume has that name.
+// attached. NotFound if no volume has that name, perhaps because an earlier call
+// that failed has happened.
 func DeleteVolume(ctx context.Context, s Store, name string) (VolumeMeta, error) {
 	var out VolumeMeta
 	err := attempt(ctx, "delete the volume", func() (bool, error) {

@@ -16,9 +16,9 @@
 // What holds everywhere here:
 //   - Watches are hints. Whatever is decided on what a watch or a list said is
 //     written by a transaction that compares what was read.
-//   - A transaction that failed with Unavailable may have happened. Every
-//     function of the catalog can be called again with the same arguments: the
-//     second call finds what the first one did.
+//   - A transaction that failed with Unavailable may have happened. The
+//     functions of the catalog can be called again with the same arguments: the
+//     second call finds what the first one did, or says how it answers then.
 //   - Leases decide who tries, epochs decide who succeeds (F3). No right to
 //     change data follows from a key in here alone.
 //   - Nothing is written periodically and there is no key per chunk.
@@ -32,6 +32,7 @@ import (
 	"context"
 	"time"
 
+	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/loop"
 )
 
@@ -41,7 +42,8 @@ type Revision int64
 // LeaseID names a lease; 0 is none.
 type LeaseID int64
 
-// KV is a key and its value. The zero KV is that of an absent key.
+// KV is a key and its value, which nobody changes in place. An absent key has
+// its Key only.
 type KV struct {
 	Key   string
 	Value []byte
@@ -77,7 +79,8 @@ type Store interface {
 	// at the returned revision. The prefix must not be empty.
 	List(ctx context.Context, prefix string) ([]KV, Revision, error)
 	// Txn does all of t.Then if all of t.If hold, otherwise all of t.Else,
-	// atomically. One transaction changes a key at most once.
+	// atomically. One transaction changes a key at most once. NotFound: a Put
+	// names a lease that has ended.
 	Txn(ctx context.Context, t Txn) (TxnResult, error)
 	// Grant makes a lease. Its keys vanish when it was not kept alive for ttl,
 	// which is rounded up to whole seconds. The store may make it longer.
@@ -192,3 +195,27 @@ func Delete(key string) Op { return Op{kind: opDelete, key: key} }
 
 // Read returns the key in TxnResult.Read, as it is after the steps before it.
 func Read(key string) Op { return Op{kind: opRead, key: key} }
+
+var errNoPrefix = block.Errorf(block.Invalid, "list: the prefix is empty")
+
+// check refuses what is beyond the limits of one transaction.
+func (t *Txn) check() error {
+	if len(t.If) > MaxTxnOps || len(t.Then) > MaxTxnOps || len(t.Else) > MaxTxnOps {
+		return block.Errorf(block.Invalid, "a transaction of more than %d conditions or steps", MaxTxnOps)
+	}
+	for _, ops := range [][]Op{t.Then, t.Else} {
+		changed := map[string]bool{}
+		for _, op := range ops {
+			if op.key == "" || len(op.value) > MaxValueBytes {
+				return block.Errorf(block.Invalid, "a transaction with an empty key, or a value of %d bytes for %q", len(op.value), op.key)
+			}
+			if op.kind != opRead {
+				if changed[op.key] {
+					return block.Errorf(block.Invalid, "a transaction changes %q twice", op.key)
+				}
+				changed[op.key] = true
+			}
+		}
+	}
+	return nil
+}
