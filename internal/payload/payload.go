@@ -23,6 +23,13 @@ type Buf struct {
 	full []byte
 }
 
+// Piece is one part of the answer to a read: the content of Buf, of which the
+// receiver has one hold, or Bytes zeros if Buf is nil.
+type Piece struct {
+	Bytes int
+	Buf   *Buf
+}
+
 // The size classes, powers of two from 4 KiB to 1 MiB.
 const minShift, maxShift = 12, 20
 
