@@ -64,8 +64,7 @@ func OpenEtcd(ctx context.Context, cfg EtcdConfig) (*Etcd, error) {
 	if err != nil {
 		return nil, block.Wrap(block.Invalid, err, "connect to etcd at %s", names)
 	}
-	e := &Etcd{client: client, names: names}
-	e.ctx, e.cancel = context.WithCancel(context.Background())
+	e := WrapEtcd(client, names)
 	for {
 		_, err = e.Get(ctx, ClusterKey)
 		if err == nil {
@@ -80,6 +79,14 @@ func OpenEtcd(ctx context.Context, cfg EtcdConfig) (*Etcd, error) {
 		case <-ctx.Done():
 		}
 	}
+}
+
+// WrapEtcd returns the Store over a client that is connected already, as that of
+// an etcd in this process is. names is for error texts. Close closes the client.
+func WrapEtcd(client *clientv3.Client, names string) *Etcd {
+	e := &Etcd{client: client, names: names}
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	return e
 }
 
 // fail gives an error of the client its kind. outer is the caller's context.
