@@ -127,18 +127,19 @@ func (m *memory) Read(ctx context.Context, c block.Chunk, at block.Index, count 
 		var pieces []payload.Piece
 		for i := 0; i < count; {
 			n := 1 + m.rand.IntN(count-i)
-			buf := payload.New(n * block.Size)
-			err := m.dev.ReadAt(context.Background(), buf.Bytes(), block.Offset(c, at+block.Index(i)))
+			before := m.rand.IntN(2) * block.Size
+			buf := payload.New(before + n*block.Size)
+			err := m.dev.ReadAt(context.Background(), buf.Bytes()[before:], block.Offset(c, at+block.Index(i)))
 			if err != nil {
 				m.t.Errorf("read: %v", err)
 			}
 			i += n
-			if allZero(buf.Bytes()) {
+			if allZero(buf.Bytes()[before:]) {
 				buf.Release()
 				pieces = append(pieces, payload.Piece{Bytes: n * block.Size})
 				continue
 			}
-			pieces = append(pieces, payload.Piece{Bytes: n * block.Size, Buf: buf})
+			pieces = append(pieces, payload.Piece{Bytes: n * block.Size, Off: before, Buf: buf})
 		}
 		m.later(func() { done(pieces, nil) })
 	})

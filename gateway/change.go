@@ -294,7 +294,7 @@ func (c *change) fill(p *piece, e *edge, got []payload.Piece) {
 		}
 		e.drop = false
 		b := p.buf.Bytes()[e.at:][:block.Size]
-		old := g.Buf.Bytes()
+		old := g.Data()
 		copy(b[:e.lo], old[:e.lo])
 		copy(b[e.hi:], old[e.hi:])
 		p.crcs[e.at/block.Size] = block.CRC(b)

@@ -85,7 +85,7 @@ func (r *read) copyTo(dst []byte) {
 			if r.err == nil {
 				n := min(max(0, g.Bytes-skip), len(dst))
 				if g.Buf != nil {
-					copy(dst[:n], g.Buf.Bytes()[min(skip, g.Bytes):])
+					copy(dst[:n], g.Data()[min(skip, g.Bytes):])
 				} else {
 					clear(dst[:n])
 				}

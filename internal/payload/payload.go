@@ -23,11 +23,19 @@ type Buf struct {
 	full []byte
 }
 
-// Piece is one part of the answer to a read: the content of Buf, of which the
-// receiver has one hold, or Bytes zeros if Buf is nil.
+// Piece is one part of the answer to a read: Bytes of Buf from Off on, of which
+// the receiver has one hold, or Bytes zeros if Buf is nil.
 type Piece struct {
-	Bytes int
-	Buf   *Buf
+	Bytes, Off int
+	Buf        *Buf
+}
+
+// Data returns the piece's bytes; nil for zeros.
+func (p Piece) Data() []byte {
+	if p.Buf == nil {
+		return nil
+	}
+	return p.Buf.Bytes()[p.Off:][:p.Bytes]
 }
 
 // The size classes, powers of two from 4 KiB to 1 MiB.
