@@ -34,6 +34,8 @@ const DefaultMaxGroupsPerDisk = 100
 const (
 	// retryDelay is the pause after a step that failed.
 	retryDelay = 500 * time.Millisecond
+	// hintPatience is how long a step waits for the mirrors to tell what it did.
+	hintPatience = 2 * time.Second
 	// relistEvery is the safety net below the watches.
 	relistEvery = 5 * time.Minute
 	// maxDeletes bounds the groups that are told of deletions at once.

@@ -22,7 +22,9 @@ type leadership struct {
 	view    *view
 	mirrors []*meta.Mirror
 	// busy: a change of layouts is under way, or a pause after a failed one.
+	// arrived, if set: it is done, and this tells whether the mirrors know.
 	busy      bool
+	arrived   func() bool
 	scheduled bool
 	deletes   map[block.VolumeID]*deletion
 	telling   int // groups that are being told of a deletion
@@ -81,6 +83,9 @@ func (l *leadership) relist() {
 	}
 }
 
+// volumes is the mirror of the volumes.
+func (l *leadership) volumes() *meta.Mirror { return l.mirrors[len(l.mirrors)-1] }
+
 func (l *leadership) ready() bool {
 	for _, m := range l.mirrors {
 		if !m.Ready() {
@@ -130,6 +135,7 @@ func (l *leadership) volumeChanged(kv meta.KV) error {
 	id, err := meta.ParseVolumeKey(kv.Key)
 	if err != nil || !kv.Exists() {
 		l.view.dropVolume(id)
+		delete(l.deletes, id)
 		return err
 	}
 	v, err := meta.DecodeVolume(kv)
@@ -155,6 +161,9 @@ func (l *leadership) schedule() {
 
 // work begins what can be begun.
 func (l *leadership) work() {
+	if l.arrived != nil && l.arrived() {
+		l.busy, l.arrived = false, nil
+	}
 	for _, v := range l.view.work() {
 		switch {
 		case v.State == meta.Deleting:
@@ -182,31 +191,36 @@ func (l *leadership) layOut(v meta.VolumeMeta) {
 	}
 }
 
-// step runs one blocking step of the layouts. done is called only if it
-// succeeded and the leadership still stands; the next work follows.
-func (l *leadership) step(what string, run func() error, done func()) {
+// step runs one blocking step of the layouts. After it, the next one waits until
+// arrived says that the mirrors have told what it did, so that the view is never
+// ahead of its mirrors nor a plan made on what was before.
+func (l *leadership) step(what string, run func() error, arrived func() bool) {
 	l.busy = true
 	var err error
 	l.c.cfg.Loop.Do(loop.Meta, func() { err = run() }, func() {
-		if l.over {
-			return
-		}
-		if err == nil {
-			l.busy = false
-			done()
+		switch {
+		case l.over:
+		case err == nil:
+			l.arrived = arrived
+			l.c.cfg.Loop.After(hintPatience, func() {
+				if !l.over && l.busy && !arrived() {
+					l.relist() // the hint is lost, or the store was restored
+					l.free()
+				}
+			})
 			l.schedule()
-			return
+		case !l.failed(what, err):
+			// Whether it happened is unknown: look before the next step.
+			l.relist()
+			l.c.cfg.Loop.After(retryDelay, l.free)
 		}
-		if l.failed(what, err) {
-			return
-		}
-		// Whether it happened is unknown: look before the next step.
-		l.relist()
-		l.c.cfg.Loop.After(retryDelay, func() {
-			l.busy = false
-			l.schedule()
-		})
 	})
+}
+
+// free lets the next change of layouts begin.
+func (l *leadership) free() {
+	l.busy, l.arrived = false, nil
+	l.schedule()
 }
 
 // failed deals with the error of a step; it tells whether that ended the leadership.
@@ -226,12 +240,9 @@ func (l *leadership) createGroups(places [][]meta.Place) {
 	l.step("create groups", func() (err error) {
 		made, err = meta.CreateGroups(l.ctx, l.c.cfg.Store, l.guard, places)
 		return err
-	}, func() {
-		for _, g := range made {
-			if _, known := l.view.groups[g.ID]; !known {
-				l.view.groups[g.ID] = g
-			}
-		}
+	}, func() bool {
+		_, told := l.view.groups[made[len(made)-1].ID]
+		return told
 	})
 }
 
@@ -254,9 +265,12 @@ func (l *leadership) appendSpans(v meta.VolumeMeta, spans [][]block.GroupID) {
 }
 
 func (l *leadership) changeVolume(id block.VolumeID, change func(*meta.VolumeMeta) bool) {
-	var now meta.VolumeMeta
+	var at meta.Revision
 	l.step("lay a volume out", func() (err error) {
-		now, err = meta.ChangeVolume(l.ctx, l.c.cfg.Store, l.guard, id, change)
+		_, at, err = meta.ChangeVolume(l.ctx, l.c.cfg.Store, l.guard, id, change)
 		return err
-	}, func() { l.view.putVolume(now) })
+	}, func() bool {
+		kv := l.volumes().Get(meta.VolumeKey(id))
+		return !kv.Exists() || kv.Modified >= at
+	})
 }

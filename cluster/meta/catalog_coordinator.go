@@ -91,44 +91,49 @@ func CreateGroups(ctx context.Context, s Store, g Guard, places [][]Place) ([]Gr
 			t.If = append(t.If, Absent(GroupKey(gm.ID)))
 			t.Then = append(t.Then, Put(GroupKey(gm.ID), EncodeGroup(gm), 0))
 		}
-		return guarded(ctx, s, "create groups", g, t)
+		done, _, err := guarded(ctx, s, "create groups", g, t)
+		return done, err
 	})
 	return out, err
 }
 
 // guarded runs a transaction whose only Else is a Read of the election key; it
 // tells a lost election from other conditions that did not hold.
-func guarded(ctx context.Context, s Store, what string, g Guard, t Txn) (bool, error) {
+func guarded(ctx context.Context, s Store, what string, g Guard, t Txn) (done bool, at Revision, err error) {
 	r, err := s.Txn(ctx, t)
 	if err != nil || r.Succeeded {
-		return err == nil, err
+		return err == nil, r.Revision, err
 	}
 	if kv := r.Read[0]; kv.Created != g.created || string(kv.Value) != string(g.value) {
-		return false, errDeposed(what)
+		return false, 0, errDeposed(what)
 	}
-	return false, nil
+	return false, 0, nil
 }
 
 // ChangeVolume is the coordinator's compare-and-set of one volume: change edits
 // State, Waiting, Spans or Layout and returns false to leave it as it is. It
-// is called with the newest value.
-func ChangeVolume(ctx context.Context, s Store, g Guard, id block.VolumeID, change func(*VolumeMeta) bool) (VolumeMeta, error) {
+// is called with the newest value. It returns the volume as it stands then, and
+// the revision of that.
+func ChangeVolume(ctx context.Context, s Store, g Guard, id block.VolumeID, change func(*VolumeMeta) bool) (VolumeMeta, Revision, error) {
 	var out VolumeMeta
+	var at Revision
 	err := attempt(ctx, "change the volume's layout", func() (bool, error) {
 		v, kv, err := readVolume(ctx, s, id)
 		if err != nil {
 			return false, err
 		}
-		out = v
+		out, at = v, kv.Modified
 		if !change(&v) {
 			return true, nil
 		}
 		out = v
-		return guarded(ctx, s, "change the volume's layout", g, Txn{
+		var done bool
+		done, at, err = guarded(ctx, s, "change the volume's layout", g, Txn{
 			If: append(g.Conds(), Unchanged(kv)), Then: []Op{Put(kv.Key, EncodeVolume(v), 0)}, Else: []Op{Read(ElectionKey)},
 		})
+		return done, err
 	})
-	return out, err
+	return out, at, err
 }
 
 // RemoveVolume removes the key of a volume in state Deleting, after all its
@@ -145,8 +150,9 @@ func RemoveVolume(ctx context.Context, s Store, g Guard, id block.VolumeID) erro
 		if v.State != Deleting {
 			return false, block.Errorf(block.Internal, "volume %s is to be removed in state %s", id, v.State)
 		}
-		return guarded(ctx, s, "remove the volume", g, Txn{
+		done, _, err := guarded(ctx, s, "remove the volume", g, Txn{
 			If: append(g.Conds(), Unchanged(kv)), Then: []Op{Delete(kv.Key)}, Else: []Op{Read(ElectionKey)},
 		})
+		return done, err
 	})
 }
