@@ -38,8 +38,10 @@ const (
 	maxFrameBytes = transport.MaxFrameBytes + maxMessageBytes + 64<<10
 	// maxMeta bounds table and headers of a frame.
 	maxMeta = transport.MaxFrameBytes + 2*transport.MaxHeaderBytes
-	// maxMessages bounds the messages of a frame.
+	// maxMessages bounds the messages of a frame, and maxPayloads its payloads:
+	// however short, each takes a buffer of 4 KiB at the receiver.
 	maxMessages = 8192
+	maxPayloads = 4 * transport.MaxPayloads
 )
 
 // codecName is the content subtype; the server finds the codec by it, so that
@@ -229,6 +231,7 @@ func checkTable(b []byte, payloads uint32) (rows int, headers []byte, err error)
 		return 0, nil, block.Errorf(block.Invalid, "frame: %s", what)
 	}
 	var header, sum uint64
+	count := 0
 	t := b
 	for {
 		if len(t) < rowBytes {
@@ -239,7 +242,8 @@ func checkTable(b []byte, payloads uint32) (rows int, headers []byte, err error)
 		if kind == 0 {
 			break
 		}
-		if rows++; rows > maxMessages || n > transport.MaxPayloads || h > transport.MaxHeaderBytes || len(t) < 4*n {
+		count += n
+		if rows++; rows > maxMessages || count > maxPayloads || n > transport.MaxPayloads || h > transport.MaxHeaderBytes || len(t) < 4*n {
 			return bad("a message out of bounds")
 		}
 		header += uint64(h)

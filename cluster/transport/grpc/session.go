@@ -168,11 +168,12 @@ func (s *session) write(c transport.Class, st stream) error {
 
 // pack counts how many messages make the next frame, and their bytes.
 func pack(ms []transport.Message) (n, bytes int) {
-	size := 0
+	size, payloads := 0, 0
 	for n < len(ms) && n < maxMessages {
 		b := ms[n].Bytes()
 		size += b + rowBytes + 4*len(ms[n].Payloads)
-		if n > 0 && size > transport.MaxFrameBytes {
+		payloads += len(ms[n].Payloads)
+		if n > 0 && (size > transport.MaxFrameBytes || payloads > maxPayloads) {
 			break
 		}
 		bytes += b
