@@ -128,9 +128,9 @@ type Info struct {
 	// MinBlock, PreferredBlock are advice in bytes, powers of two; 0 is 1 and
 	// 4096. The server itself accepts any alignment.
 	MinBlock, PreferredBlock int
-	// MaxPiece bounds one call to the Backend, in bytes; larger requests are
-	// split at multiples of it. 0, and anything above 1 MiB, is 1 MiB; it is
-	// rounded down to a multiple of 4096.
+	// MaxPiece bounds the bytes that one call of the Backend reads or writes,
+	// at least 4096. Larger requests are split at multiples of the largest of
+	// 4, 16, 64, 256 KiB and 1 MiB that is within it. 0 is no bound.
 	MaxPiece int
 	// Offers are the optional commands. OffersOf tells a Backend's.
 	Offers Offers

@@ -48,14 +48,19 @@ const (
 	maxSkipOption  = 1 << 20
 	maxSkipPayload = 2 * wire.MaxPayload
 
-	maxPiece       = 1 << 20
-	reserveBytes   = maxPiece + headroom
-	minBudget      = 2 * wire.MaxPayload
-	inputBytes     = 128 << 10
-	batchBytes     = 256 << 10
-	maxBatchLoans  = 256
-	maxLendBytes   = batchBytes
-	copyBelow      = 32 << 10
+	maxPiece     = 1 << 20
+	reserveBytes = maxPiece + headroom
+	minBudget    = 2 * wire.MaxPayload
+
+	inputBytes = 128 << 10
+	// A batch holds batchBytes of replies, of which batchCopied in its own
+	// memory: those shorter than copyBelow (measured: writing 4 KiB from where
+	// it is lent costs 0.15 us less than copying it), and all headers.
+	batchBytes    = 256 << 10
+	batchCopied   = 64 << 10
+	maxBatchLoans = 256
+	copyBelow     = 2 << 10
+
 	maxStates      = 4096
 	maxQueuedBytes = 1 << 20
 )

@@ -142,11 +142,11 @@ type batch struct {
 	n     int
 }
 
-func newBatch() *batch { return &batch{buf: make([]byte, 0, batchBytes)} }
+func newBatch() *batch { return &batch{buf: make([]byte, 0, batchCopied)} }
 
 // fits tells whether a reply of n bytes may be added before the next flush.
 func (b *batch) fits(n int) bool {
-	return len(b.buf)+min(n, copyBelow) <= cap(b.buf) && b.n+n <= batchBytes && len(b.loans) < maxBatchLoans
+	return len(b.buf)+min(n, headroom+copyBelow) <= cap(b.buf) && b.n+n <= batchBytes && len(b.loans) < maxBatchLoans
 }
 
 // head returns where to append a header; the result goes to setHead.

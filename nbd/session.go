@@ -229,7 +229,7 @@ func (s *session) answerEmpty(r wire.Request) error {
 // lend answers a read from memory, if memory has it.
 func (s *session) lend(r wire.Request) bool {
 	n := int(r.Length)
-	if s.target.lender == nil || n == 0 || n > maxLendBytes-headroom || !s.batch.fits(headroom+n) && s.flush() != nil {
+	if s.target.lender == nil || n == 0 || n > batchBytes-headroom || !s.batch.fits(headroom+n) && s.flush() != nil {
 		return false
 	}
 	s.calling = true

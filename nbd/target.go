@@ -30,7 +30,7 @@ type target struct {
 }
 
 func newTarget(e *Export) *target {
-	t := &target{b: e.Backend, readOnly: e.Info.ReadOnly, piece: maxPiece}
+	t := &target{b: e.Backend, readOnly: e.Info.ReadOnly}
 	t.context, _ = e.Backend.(ContextBackend)
 	t.trimmer, _ = e.Backend.(Trimmer)
 	t.zeroer, _ = e.Backend.(Zeroer)
@@ -38,8 +38,10 @@ func newTarget(e *Export) *target {
 	t.mapper, _ = e.Backend.(Mapper)
 	t.lender, _ = e.Backend.(Lender)
 	t.offers = e.Info.Offers & OffersOf(e.Backend)
-	if p := e.Info.MaxPiece; p >= 4096 && p < maxPiece {
-		t.piece = p &^ 4095
+	for _, size := range bufferSizes {
+		if p := e.Info.MaxPiece; p <= 0 || size <= max(p, bufferSizes[0]) {
+			t.piece = size
+		}
 	}
 	t.size.Store(e.Info.Bytes)
 	return t

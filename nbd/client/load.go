@@ -38,6 +38,7 @@ type load struct {
 	inFlight int
 	err      error
 	done     chan error
+	over     bool
 }
 
 // Run sends n requests over c and returns when all are answered.
@@ -111,8 +112,8 @@ func (r *load) submit(call *Call) {
 }
 
 func (r *load) check() {
-	if r.inFlight == 0 && (r.left <= 0 || r.err != nil) && r.done != nil {
+	if r.inFlight == 0 && (r.left <= 0 || r.err != nil) && !r.over {
+		r.over = true
 		r.done <- r.err
-		r.done = nil
 	}
 }
