@@ -1,0 +1,325 @@
+package node
+
+import (
+	"cmp"
+	"io"
+	"path"
+
+	"firn.io/firn/cluster/index"
+	"firn.io/firn/cluster/raftgroup"
+	"firn.io/firn/cluster/seglog"
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/loop"
+	"firn.io/firn/internal/vfs"
+)
+
+// indexFolder is where a disk's index store lives, beside the log's folder.
+const indexFolder = "index"
+
+// disk is one disk: its log, its index, and the replicas that it holds.
+type disk struct {
+	node *Node
+	cfg  DiskConfig
+	id   block.DiskID
+	sb   seglog.Superblock
+
+	lock  io.Closer
+	store index.Store
+	index *index.DB
+	log   *seglog.Log
+
+	// failed is why the disk takes part in nothing any more (L8).
+	failed error
+
+	busy      bool // a chain of jobs of the index runs
+	needFlush bool // the reaper has changed the store since the last flush
+	needSpace bool // the log asked for free segments
+	births    []birth
+	ticks     int // of upkeep, since the last checkpoint for want of space
+}
+
+// openDisk makes a disk ready: locked, formatted if it is new, its log and
+// index recovered. A disk that failed before, or does now, comes back with
+// failed set; an error is one that the operator has to resolve first.
+func openDisk(n *Node, cfg DiskConfig) (*disk, error) {
+	d := &disk{node: n, cfg: cfg}
+	lock, err := vfs.Lock(n.cfg.FS, cfg.Dir)
+	if err != nil {
+		return nil, err
+	}
+	d.lock = lock
+	if err := d.identify(); err != nil {
+		return nil, cmp.Or(err, lock.Close())
+	}
+	if d.failed == nil {
+		if err := d.recover(); err != nil {
+			n.logf("disk %v in %s cannot be used: %v", d.id, cfg.Dir, err)
+			d.failed = err
+		}
+	}
+	return d, nil
+}
+
+// identify reads the superblock, or formats an empty folder.
+func (d *disk) identify() error {
+	n, fs, dir := d.node, d.node.cfg.FS, d.cfg.Dir
+	sb, err := seglog.Load(fs, dir)
+	if err != nil && block.KindOf(err) == block.NotFound {
+		if err := mustBeEmpty(fs, dir); err != nil {
+			return err
+		}
+		sb = seglog.Superblock{Cluster: n.cfg.Cluster, Disk: n.cfg.NewDiskID(), Node: n.cfg.ID, SegmentBytes: n.cfg.Pace.SegmentBytes, Created: n.cfg.Created}
+		err = seglog.Format(fs, dir, sb)
+	}
+	switch {
+	case err != nil:
+		return err
+	case sb.Cluster != n.cfg.Cluster:
+		return block.Errorf(block.Denied, "%s is a disk of cluster %v, this is cluster %v: give another folder, or the right metadata store", dir, sb.Cluster, n.cfg.Cluster)
+	case sb.Node != n.cfg.ID:
+		return block.Errorf(block.Denied, "%s is a disk of node %d, this is node %d", dir, sb.Node, n.cfg.ID)
+	}
+	d.sb, d.id = sb, sb.Disk
+	reason, failed, err := seglog.FailedReason(fs, dir, sb)
+	if failed {
+		d.failed = block.Errorf(block.Unavailable, "disk %v failed before: %s; replace it", d.id, reason)
+	}
+	return err
+}
+
+// mustBeEmpty refuses to format a folder that holds something else.
+func mustBeEmpty(fs vfs.FS, dir string) error {
+	names, err := fs.List(dir)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if name != vfs.LockName && name != "lost+found" && !vfs.IsTemp(name) {
+			return block.Errorf(block.Denied, "%s is not empty and not a disk of Firn (it holds %q): give an empty folder", dir, name)
+		}
+	}
+	return nil
+}
+
+// recover opens index and log. What the log lost, or kept beyond what the index
+// holds, is put right when the replicas open (L6).
+//
+// The index is not told of segment generations: a segment is opened anew only
+// after no durable checkpoint points into it (L7), so saved live bits of an
+// older generation do not exist.
+func (d *disk) recover() error {
+	n := d.node
+	dir := path.Join(d.cfg.Dir, indexFolder)
+	err := n.cfg.FS.MkdirAll(dir)
+	if err != nil {
+		return err
+	}
+	if d.store, err = n.cfg.OpenStore(dir); err != nil {
+		return err
+	}
+	if d.index, err = index.Open(d.store, index.Options{}); err != nil {
+		return err
+	}
+	if d.cfg.CapacityBytes == 0 {
+		sp, err := n.cfg.FS.Space(d.cfg.Dir)
+		if err != nil {
+			return err
+		}
+		d.cfg.CapacityBytes = sp.TotalBytes
+	}
+	d.log, err = seglog.Open(n.cfg.FS, d.cfg.Dir, d.sb, seglog.Options{
+		CapacityBytes: d.cfg.CapacityBytes,
+		Applied: func(key seglog.ReplicaKey) (seglog.EntryID, bool) {
+			state := d.index.Replica(key)
+			if state == nil {
+				return seglog.EntryID{}, false
+			}
+			index, term := state.Applied()
+			return seglog.EntryID{Index: index, Term: term}, true
+		},
+		Failed: d.fail,
+		Logf:   n.cfg.Logf,
+	})
+	if err != nil {
+		return err
+	}
+	damaged := make(map[seglog.ReplicaKey]string)
+	for _, dm := range d.log.Damaged() {
+		damaged[dm.Key] = dm.Reason
+	}
+	for _, state := range d.index.Replicas() {
+		if d.log.Replica(state.Key()) == nil {
+			continue // its creation was not finished: the order is carried out again
+		}
+		rep := newReplica(d, state)
+		if why, bad := damaged[rep.key]; bad {
+			rep.halted = block.Errorf(block.Corrupt, "its log is damaged: %s", why)
+		}
+		n.addReplica(rep)
+	}
+	return nil
+}
+
+// start begins to write and opens the replicas that were open before.
+func (d *disk) start() {
+	if d.failed != nil {
+		return
+	}
+	d.log.Start(d.node.loop, owner{d})
+	for _, rep := range d.replicas() {
+		if rep.wasOpen() {
+			rep.open()
+		}
+	}
+}
+
+// replicas returns those of this disk, in the order of groups.
+func (d *disk) replicas() []*replica {
+	var out []*replica
+	for _, rep := range d.node.sorted() {
+		if rep.disk == d {
+			out = append(out, rep)
+		}
+	}
+	return out
+}
+
+// birth is a replica that is being created.
+type birth struct {
+	rep  *replica
+	done func(*replica, error)
+}
+
+// create makes a replica durable: its state in the index first, then its
+// identity in the log. A replica that is in the index only is not one yet.
+// Those that are asked for at about the same time share one flush.
+func (d *disk) create(group block.GroupID, id block.ReplicaID, era uint16, conf []byte, done func(*replica, error)) {
+	key := seglog.ReplicaKey{Group: group, Replica: id}
+	state := d.index.Replica(key)
+	if state == nil {
+		var err error
+		state, err = d.index.Create(key, index.Creation{Index: raftgroup.InitialIndex, Term: raftgroup.InitialTerm, Conf: conf, Era: era})
+		if err != nil {
+			done(nil, err)
+			return
+		}
+	}
+	d.births = append(d.births, birth{newReplica(d, state), done})
+	if len(d.births) == 1 {
+		d.node.loop.Defer(func() { d.whenIdle(d.bear) })
+	}
+}
+
+func (d *disk) bear() {
+	births := d.births
+	d.births = nil
+	end := func(err error) {
+		for _, b := range births {
+			b.done(nil, err)
+		}
+	}
+	if d.failed != nil {
+		end(d.failed)
+		return
+	}
+	reps := make([]*replica, len(births))
+	for i, b := range births {
+		reps[i] = b.rep
+	}
+	d.checkpoint(reps, func(err error) {
+		if err != nil {
+			end(err)
+			return
+		}
+		for _, b := range births {
+			d.log.Create(b.rep.key, seglog.EntryID{Index: raftgroup.InitialIndex, Term: raftgroup.InitialTerm},
+				seglog.HardState{Term: raftgroup.InitialTerm, Commit: raftgroup.InitialIndex}, func(err error) { b.done(b.rep, err) })
+		}
+	})
+}
+
+// fail takes the disk out, for good: its replicas leave their groups without a
+// word, it is marked beside the disk and in the metadata store (L8).
+func (d *disk) fail(err error) {
+	if d.failed != nil {
+		return
+	}
+	d.failed = err
+	n := d.node
+	n.logf("disk %v in %s failed and is out: %v", d.id, d.cfg.Dir, err)
+	for _, rep := range d.replicas() {
+		rep.close()
+		delete(n.replicas, rep.key.Group)
+	}
+	fs, dir, sb, reason := n.cfg.FS, d.cfg.Dir, d.sb, err.Error()
+	var marked error
+	n.loop.Do(loop.DiskWrite, func() { marked = seglog.MarkFailed(fs, dir, sb, reason) }, func() {
+		if marked != nil {
+			n.logf("disk %v: mark it as failed: %v", d.id, marked)
+		}
+	})
+	n.register.update()
+}
+
+// close ends the disk, once nothing is in flight on it any more.
+func (d *disk) close(done func(error)) {
+	if d.log == nil {
+		d.finishClose(nil, done)
+		return
+	}
+	d.log.Close(func(err error) {
+		if d.failed != nil {
+			err = nil // said already
+		}
+		d.finishClose(err, done)
+	})
+}
+
+func (d *disk) finishClose(err error, done func(error)) {
+	d.node.loop.Do(loop.Merge, func() { err = cmp.Or(err, d.abandon()) }, func() { done(err) })
+}
+
+// abandon lets go of all but the log, whose files end with the process. It blocks.
+func (d *disk) abandon() error {
+	var first error
+	if d.index != nil {
+		first = cmp.Or(first, d.index.Close())
+	}
+	if d.store != nil {
+		first = cmp.Or(first, d.store.Close())
+	}
+	return cmp.Or(first, d.lock.Close())
+}
+
+// size is what Firn may fill; taken what it has (S7).
+func (d *disk) size() int64 {
+	if d.log == nil {
+		return d.cfg.CapacityBytes
+	}
+	return d.log.Space().TotalBytes
+}
+
+func (d *disk) taken() int64 {
+	sp := d.log.Space()
+	return min(sp.LiveBytes+sp.ClaimedBytes, sp.TotalBytes-sp.FreeBytes)
+}
+
+func (d *disk) logCap() int64 {
+	return cmp.Or(d.node.cfg.Pace.LogBytes, max(minLogBytes, min(maxLogBytes, d.size()*logPercent/100)))
+}
+
+func (d *disk) status() DiskStatus {
+	s := DiskStatus{ID: d.id, Dir: d.cfg.Dir, SizeBytes: d.size()}
+	if d.failed != nil {
+		s.Failed = d.failed.Error()
+		return s
+	}
+	sp := d.log.Space()
+	s.TakenBytes, s.LogBytes, s.LiveBytes = d.taken(), sp.ClaimedBytes, sp.LiveBytes
+	s.Log = d.log.Stats()
+	for _, rep := range d.replicas() {
+		s.Replicas++
+		s.Pending += rep.state.Pending().Updates
+	}
+	return s
+}

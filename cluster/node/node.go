@@ -1,0 +1,291 @@
+// Package node is one storage process: the replicas on its disks, the requests
+// that gateways send it, and the work in the background that keeps its disks in
+// order. It ties seglog (the log of a disk), index (the replicated state) and
+// raftgroup (consensus) together; each of them knows nothing of the others.
+//
+// A Node is a single-threaded core on its Loop. Open, which recovers the disks,
+// blocks and runs before the Loop is used; everything after Start runs on the
+// Loop. Blocking work (reads of disks, merges, calls to the metadata store) goes
+// through the Loop's Do.
+//
+// What holds:
+//   - A replica opens only after the metadata store was told that it exists (C1).
+//   - A read is answered from one pinned view whose applied index is at or above
+//     the read's token, and says which (R1).
+//   - The log of a replica is truncated only up to what a flushed checkpoint
+//     holds (L7), and while a follower needs it, not below what it has.
+//   - A disk whose sync failed takes no part in anything any more, now and after
+//     a restart (L8).
+package node
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"time"
+
+	"firn.io/firn/cluster/index"
+	"firn.io/firn/cluster/meta"
+	"firn.io/firn/cluster/raftgroup"
+	"firn.io/firn/cluster/transport"
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/loop"
+	"firn.io/firn/internal/vfs"
+)
+
+// DiskConfig is one disk of a node.
+type DiskConfig struct {
+	// Dir is the folder that the disk is mounted at. An empty one is formatted.
+	Dir string
+	// CapacityBytes is how much of it Firn may fill: what watermarks count from.
+	// 0 is the size of the file system.
+	CapacityBytes int64
+}
+
+// Config is what a node is made of. All fields without "optional" must be set.
+type Config struct {
+	ID      block.NodeID
+	Cluster block.ClusterID
+	// Listen is the address to serve on; Advertise (optional) the one that
+	// others reach it at, if that differs from the bound one.
+	Listen, Advertise string
+	Zone              string // optional
+	// Boot is the machine's boot id, for the liveness key.
+	Boot  string
+	Disks []DiskConfig
+
+	FS vfs.FS
+	// OpenStore opens the store of a disk's index in dir, which exists.
+	OpenStore func(dir string) (index.Store, error)
+	Network   transport.Network
+	Meta      meta.Store
+	Loop      loop.Loop
+	// Incarnation differs from that of every earlier process of this node.
+	Incarnation uint64
+	// Created is the date that a disk is formatted with, for people. Optional.
+	Created string
+	// NewDiskID names a disk that is formatted: random, or from a seed.
+	NewDiskID func() block.DiskID
+
+	Limits raftgroup.Limits // optional
+	Pace   Pace             // optional
+	// Logf takes what a person should know. Optional.
+	Logf func(format string, args ...any)
+}
+
+// Pace says when the work in the background is done. A zero field takes its
+// value from DefaultPace.
+type Pace struct {
+	// SegmentBytes is the size of the segments of a disk that is formatted.
+	SegmentBytes int64
+	// LogBytes bounds what the logs of a disk may claim before its replicas are
+	// checkpointed to truncate them. 0: 5 % of the disk, at most 64 GiB.
+	LogBytes int64
+	// CheckpointUpdates is the number of updates in memory, per disk, that
+	// starts checkpoints.
+	CheckpointUpdates int
+	// CheckpointAge bounds the age of an update that is not checkpointed.
+	CheckpointAge time.Duration
+	// Upkeep is how often all this is looked at.
+	Upkeep time.Duration
+}
+
+// DefaultPace suits disks of hundreds of gigabytes.
+var DefaultPace = Pace{
+	SegmentBytes:      64 << 20,
+	CheckpointUpdates: 1 << 20,
+	CheckpointAge:     60 * time.Second,
+	Upkeep:            200 * time.Millisecond,
+}
+
+// The cap of the logs of a disk (section 4.1 of the architecture).
+const (
+	logPercent  = 5
+	maxLogBytes = 64 << 30
+	minLogBytes = 64 << 20
+)
+
+// Node is one storage process. See the package for its rules.
+type Node struct {
+	cfg  Config
+	loop loop.Loop
+	host *raftgroup.Host
+
+	ctx    context.Context // bounds calls to the metadata store and connections
+	cancel context.CancelFunc
+
+	disks    []*disk // in the order of the configuration
+	replicas map[block.GroupID]*replica
+
+	peers    *peers
+	orders   *orders
+	space    *space
+	register registration
+	session  *meta.Session
+	nodes    *meta.Mirror
+	groups   *meta.Mirror
+
+	addr       string // that others reach this node at
+	stopListen func()
+	senders    map[transport.Peer]block.NodeID // of accepted connections
+
+	reads     int
+	readBytes int64
+	counters  Counters
+
+	stopping bool // no new work begins
+	stopped  bool // nothing is done any more
+}
+
+// Open recovers the disks: it formats empty ones, takes their locks, reads their
+// logs and opens their indexes. It blocks and does not use the Loop. A disk that
+// is marked failed, or fails now, is left out, with its reason in Status; Open
+// fails when a disk is in use by another process (kind Busy), belongs to another
+// cluster or node (Denied), or when no disk is usable.
+func Open(ctx context.Context, cfg Config) (*Node, error) {
+	if cfg.Logf == nil {
+		cfg.Logf = func(string, ...any) {}
+	}
+	if len(cfg.Disks) == 0 {
+		return nil, block.Errorf(block.Invalid, "node %d has no disks", cfg.ID)
+	}
+	p := &cfg.Pace
+	p.SegmentBytes = cmp.Or(p.SegmentBytes, DefaultPace.SegmentBytes)
+	p.CheckpointUpdates = cmp.Or(p.CheckpointUpdates, DefaultPace.CheckpointUpdates)
+	p.CheckpointAge = cmp.Or(p.CheckpointAge, DefaultPace.CheckpointAge)
+	p.Upkeep = cmp.Or(p.Upkeep, DefaultPace.Upkeep)
+
+	n := &Node{cfg: cfg, loop: cfg.Loop, replicas: make(map[block.GroupID]*replica), senders: make(map[transport.Peer]block.NodeID)}
+	n.peers, n.orders, n.space = newPeers(n), newOrders(n), newSpace(n)
+	n.register.node = n
+	usable := 0
+	var first error
+	for _, dc := range cfg.Disks {
+		d, err := openDisk(n, dc)
+		if err != nil {
+			n.abandonDisks()
+			return nil, err
+		}
+		n.disks = append(n.disks, d)
+		if d.failed == nil {
+			usable++
+		} else {
+			first = cmp.Or(first, d.failed)
+		}
+	}
+	if usable == 0 {
+		n.abandonDisks()
+		return nil, block.Wrap(block.Unavailable, first, "node %d: no usable disk", cfg.ID)
+	}
+	n.ctx, n.cancel = context.WithCancel(ctx)
+	return n, nil
+}
+
+// Start begins to serve: it listens, opens the replicas that the disks hold,
+// registers the node and follows the orders of the metadata store. It is called
+// on the Loop. After an error the node is closed.
+func (n *Node) Start() error {
+	n.host = raftgroup.NewHost(raftgroup.Config{
+		Node: n.cfg.ID, Loop: n.loop, Sender: n.peers, Incarnation: n.cfg.Incarnation, Limits: n.cfg.Limits, Logf: n.cfg.Logf,
+	})
+	bound, stop, err := n.cfg.Network.Listen(n.ctx, n.cfg.Listen, n)
+	if err != nil {
+		n.cancel()
+		n.stopping, n.stopped = true, true
+		n.abandonDisks()
+		return err
+	}
+	n.addr, n.stopListen = cmp.Or(n.cfg.Advertise, bound), stop
+	n.host.Start()
+	for _, d := range n.disks {
+		d.start()
+	}
+	n.session = meta.NewSession(n.loop, n.cfg.Meta, meta.NodeTTL, n.register.granted, nil)
+	n.nodes = meta.NewMirror(n.loop, n.cfg.Meta, meta.NodesPrefix, n.peers.changed, nil)
+	n.groups = meta.NewMirror(n.loop, n.cfg.Meta, meta.GroupsPrefix, n.orders.changed, nil)
+	n.session.Start(n.ctx)
+	n.nodes.Start(n.ctx)
+	n.groups.Start(n.ctx)
+	n.space.tick()
+	n.loop.After(n.cfg.Pace.Upkeep, n.upkeep)
+	return nil
+}
+
+// Addr is the address that others reach the node at; set by Start.
+func (n *Node) Addr() string { return n.addr }
+
+// ID is the node's id.
+func (n *Node) ID() block.NodeID { return n.cfg.ID }
+
+// Stop ends the node in order: leadership moves to others, what is in memory is
+// checkpointed, disks are closed, the lease is given back. done is called on the
+// Loop. It may be called once, after Start has succeeded.
+func (n *Node) Stop(done func(error)) {
+	n.stopping = true
+	n.nodes.Stop()
+	n.groups.Stop()
+	n.host.Drain(func() {
+		n.checkpointAll(func(err error) {
+			n.stopListen()
+			n.host.Stop()
+			n.peers.close()
+			n.session.Stop(func(error) {
+				n.stopped = true
+				n.cancel()
+				n.closeDisks(err, done)
+			})
+		})
+	})
+}
+
+func (n *Node) closeDisks(err error, done func(error)) {
+	waiting := len(n.disks)
+	for _, d := range n.disks {
+		d.close(func(cerr error) {
+			err = cmp.Or(err, cerr)
+			if waiting--; waiting == 0 {
+				done(err)
+			}
+		})
+	}
+}
+
+// abandonDisks gives the disks' locks and stores back after a start that failed.
+func (n *Node) abandonDisks() {
+	for _, d := range n.disks {
+		if err := d.abandon(); err != nil {
+			n.logf("disk %v in %s: %v", d.id, d.cfg.Dir, err)
+		}
+	}
+}
+
+func (n *Node) diskOf(id block.DiskID) *disk {
+	for _, d := range n.disks {
+		if d.id == id {
+			return d
+		}
+	}
+	return nil
+}
+
+func (n *Node) logf(format string, args ...any) { n.cfg.Logf(format, args...) }
+
+func (n *Node) addReplica(rep *replica) { n.replicas[rep.key.Group] = rep }
+
+// sorted returns the replicas in the order of their groups.
+func (n *Node) sorted() []*replica {
+	out := make([]*replica, 0, len(n.replicas))
+	for _, id := range sortedKeys(n.replicas) {
+		out = append(out, n.replicas[id])
+	}
+	return out
+}
+
+func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K {
+	keys := make([]K, 0, len(m))
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}

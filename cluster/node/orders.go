@@ -1,0 +1,175 @@
+package node
+
+import (
+	"firn.io/firn/cluster/meta"
+	"firn.io/firn/cluster/raftgroup"
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/loop"
+)
+
+// orders makes the replicas that the metadata store asks this node for, once
+// each (C1):
+//
+//  1. A replica that is ordered, not acknowledged and not here is made durable:
+//     its state in the index, then its identity in the log.
+//  2. Its acknowledgement (Created) is written. Only after that does it open,
+//     so that it cannot have voted before the store knows that it exists.
+//  3. A replica that is acknowledged and not on its disk is lost: it is marked
+//     so and never made again, since it may have voted and forgotten.
+//
+// A replica that the disk holds and that has been open before (its hard state
+// or what it applied says so) needs no word from the store to open again: it
+// was acknowledged. Replicas that the store does not know are kept (S8).
+type orders struct {
+	node   *Node
+	groups map[block.GroupID]meta.GroupMeta
+	busy   map[block.GroupID]bool // an order is being carried out
+}
+
+func newOrders(n *Node) *orders {
+	return &orders{node: n, groups: make(map[block.GroupID]meta.GroupMeta), busy: make(map[block.GroupID]bool)}
+}
+
+// changed takes a group's value from the mirror of groups.
+func (o *orders) changed(kv meta.KV) {
+	if !kv.Exists() {
+		id, err := meta.ParseGroupKey(kv.Key)
+		if err == nil {
+			delete(o.groups, id)
+		}
+		return
+	}
+	g, err := meta.DecodeGroup(kv)
+	if err != nil {
+		o.node.logf("%v", err)
+		return
+	}
+	for _, r := range g.Replicas {
+		if r.Node == o.node.cfg.ID {
+			o.groups[g.ID] = g
+			if rep := o.node.replicas[g.ID]; rep != nil {
+				rep.disks = nil
+			}
+			o.follow(g.ID)
+			return
+		}
+	}
+	delete(o.groups, g.ID)
+}
+
+// again looks at all orders once more: after a disk or the store came back.
+func (o *orders) again() {
+	for _, id := range sortedKeys(o.groups) {
+		o.follow(id)
+	}
+}
+
+func (o *orders) follow(id block.GroupID) {
+	n := o.node
+	g, ok := o.groups[id]
+	if !ok || o.busy[id] || n.stopping {
+		return
+	}
+	for _, r := range g.Replicas {
+		if r.Node != n.cfg.ID || r.Lost {
+			continue
+		}
+		d := n.diskOf(r.Disk)
+		if d == nil || d.failed != nil {
+			continue // elsewhere, or not usable: repair is the coordinator's
+		}
+		rep := n.replicas[id]
+		switch {
+		case rep != nil && rep.key.Replica != r.Replica:
+			// An older replica of this node is still here; its removal is the
+			// coordinator's order.
+		case rep != nil && r.Created:
+			rep.open()
+		case rep != nil:
+			o.acknowledge(id, r.Replica, d.id)
+		case r.Created:
+			o.lose(id, r.Replica, d.id)
+		default:
+			o.create(d, g, r.Replica)
+		}
+	}
+}
+
+func (o *orders) create(d *disk, g meta.GroupMeta, id block.ReplicaID) {
+	members := make(map[block.ReplicaID]block.NodeID, len(g.Replicas))
+	for _, r := range g.Replicas {
+		if !r.Lost {
+			members[r.Replica] = r.Node
+		}
+	}
+	if g.ConfVersion != 0 {
+		return // a later member: it is added by a change of members, not by birth
+	}
+	conf := raftgroup.NewConf(members)
+	o.busy[g.ID] = true
+	d.create(g.ID, id, g.Era, conf.Append(nil), func(rep *replica, err error) {
+		delete(o.busy, g.ID)
+		if err != nil {
+			o.node.logf("create group %d replica %d: %v", g.ID, id, err)
+			return
+		}
+		o.node.addReplica(rep)
+		o.acknowledge(g.ID, id, d.id)
+	})
+}
+
+func (o *orders) acknowledge(id block.GroupID, replica block.ReplicaID, disk block.DiskID) {
+	n := o.node
+	o.tell(id, func() error { return meta.AckReplicaCreated(n.ctx, n.cfg.Meta, id, replica, disk) }, func() {
+		if rep := n.replicas[id]; rep != nil && rep.key.Replica == replica {
+			rep.open()
+		}
+	})
+}
+
+func (o *orders) lose(id block.GroupID, replica block.ReplicaID, disk block.DiskID) {
+	n := o.node
+	n.logf("group %d replica %d is not on disk %v any more: it is lost", id, replica, disk)
+	o.tell(id, func() error { return meta.MarkReplicaLost(n.ctx, n.cfg.Meta, id, replica, disk) }, func() {})
+}
+
+// tell writes something about a group to the metadata store, until it has
+// worked or the store says that the order is gone. done runs once it holds it.
+func (o *orders) tell(id block.GroupID, write func() error, done func()) {
+	n := o.node
+	o.busy[id] = true
+	var err error
+	n.loop.Do(loop.Meta, func() { err = write() }, func() {
+		switch {
+		case n.stopping:
+		case err == nil:
+			delete(o.busy, id)
+			done()
+		case block.KindOf(err) == block.NotFound || block.KindOf(err) == block.Invalid:
+			delete(o.busy, id)
+			n.logf("group %d: %v", id, err)
+		default:
+			n.logf("group %d: %v", id, err)
+			n.loop.After(metaRetry, func() {
+				delete(o.busy, id)
+				o.follow(id)
+			})
+		}
+	})
+}
+
+// disksOf returns the disks that hold the replicas of rep's group, as far as
+// known: its own at least.
+func (o *orders) disksOf(rep *replica) []block.DiskID {
+	if g, ok := o.groups[rep.key.Group]; ok {
+		if rep.disks == nil {
+			for _, r := range g.Replicas {
+				if !r.Lost {
+					rep.disks = append(rep.disks, r.Disk)
+				}
+			}
+		}
+		return rep.disks
+	}
+	return []block.DiskID{rep.disk.id}
+}

@@ -1,0 +1,169 @@
+package node
+
+import (
+	"encoding/binary"
+	"time"
+
+	"firn.io/firn/cluster/transport"
+	"firn.io/firn/internal/block"
+)
+
+// Watermarks of a disk, in percent of the SIZE that it was given (S7). Fill is
+// live data, what the logs claim, and what readers pin.
+const (
+	// slowPercent: writers are slowed from here on, up to maxDelay at refusePercent.
+	slowPercent = 85
+	// refusePercent: new writes are refused. Reads, trims and recovery go on.
+	refusePercent = 90
+	// reservePercent serves collection, hard state and trims only.
+	reservePercent = 2
+	// maxDelay is how long a write waits just below refusePercent.
+	maxDelay = 50 * time.Millisecond
+	// spaceInterval is how often nodes tell each other how full their disks are.
+	spaceInterval = 500 * time.Millisecond
+	// maxSpaceDisks bounds the disks of one message.
+	maxSpaceDisks = 256
+)
+
+// diskSpace is what one disk reported last.
+type diskSpace struct {
+	disk        block.DiskID
+	size, taken int64 // bytes
+}
+
+// space decides about room before a proposal is made (S7): from what the disks
+// of all replicas reported, less what is in flight. Apply never does.
+//
+// A disk that has not reported counts as empty: the admission of a write is no
+// promise that needs it, since an accepted entry is refused by no follower, and
+// a full follower reports within spaceInterval.
+type space struct {
+	node     *Node
+	known    map[block.DiskID]diskSpace
+	inflight map[block.DiskID]int64 // of proposals that have not ended, by replica disk
+}
+
+func newSpace(n *Node) *space {
+	return &space{node: n, known: make(map[block.DiskID]diskSpace), inflight: make(map[block.DiskID]int64)}
+}
+
+// tick refreshes the own disks and tells the other nodes.
+func (s *space) tick() {
+	n := s.node
+	if n.stopping {
+		return
+	}
+	n.loop.After(spaceInterval, s.tick)
+	var own []diskSpace
+	for _, d := range n.disks {
+		if d.failed == nil {
+			ds := diskSpace{disk: d.id, size: d.size(), taken: d.taken()}
+			s.known[d.id] = ds
+			own = append(own, ds)
+		}
+	}
+	if len(own) == 0 {
+		return
+	}
+	for _, id := range sortedKeys(n.peers.addrs) {
+		if p := n.peers.Peer(id); p != nil {
+			p.Send(transport.Control, transport.Message{Type: transport.TypeSpace, Header: appendSpace(nil, own)})
+		}
+	}
+}
+
+func (s *space) receive(header []byte) {
+	disks, err := decodeSpace(header)
+	if err != nil {
+		s.node.counters.BadMessages++
+		return
+	}
+	for _, d := range disks {
+		if s.node.diskOf(d.disk) == nil {
+			s.known[d.disk] = d
+		}
+	}
+}
+
+// fill returns how full the fullest disk of rep's group is, in percent of its
+// size, counting what is in flight.
+func (s *space) fill(rep *replica) float64 {
+	worst := 0.0
+	for _, d := range s.node.orders.disksOf(rep) {
+		k := s.known[d]
+		if k.size > 0 {
+			worst = max(worst, 100*float64(k.taken+s.inflight[d])/float64(k.size))
+		}
+	}
+	return worst
+}
+
+func (s *space) full(rep *replica) bool { return s.fill(rep) >= refusePercent }
+
+// delay is how long a write waits before it is proposed.
+func (s *space) delay(rep *replica) time.Duration {
+	over := s.fill(rep) - slowPercent
+	if over <= 0 {
+		return 0
+	}
+	return time.Duration(min(1, over/(refusePercent-slowPercent)) * float64(maxDelay))
+}
+
+// began counts a write of rep's group as in flight on the disks it returns,
+// until ended.
+func (s *space) began(rep *replica, bytes int) []block.DiskID {
+	disks := s.node.orders.disksOf(rep)
+	for _, d := range disks {
+		s.inflight[d] += int64(bytes)
+	}
+	return disks
+}
+
+func (s *space) ended(disks []block.DiskID, bytes int) {
+	for _, d := range disks {
+		s.inflight[d] -= int64(bytes)
+	}
+}
+
+// The header of TypeSpace: version, number of disks (16 bits), then per disk
+// id, size and taken bytes. Little-endian.
+const (
+	spaceVersion = 1
+	spaceHead    = 3
+	spaceDisk    = 16 + 8 + 8
+)
+
+func appendSpace(dst []byte, disks []diskSpace) []byte {
+	disks = disks[:min(len(disks), maxSpaceDisks)]
+	dst = append(dst, spaceVersion)
+	dst = binary.LittleEndian.AppendUint16(dst, uint16(len(disks)))
+	for _, d := range disks {
+		dst = append(dst, d.disk[:]...)
+		dst = binary.LittleEndian.AppendUint64(dst, uint64(d.size))
+		dst = binary.LittleEndian.AppendUint64(dst, uint64(d.taken))
+	}
+	return dst
+}
+
+func decodeSpace(p []byte) ([]diskSpace, error) {
+	if len(p) < spaceHead || p[0] != spaceVersion {
+		return nil, block.Errorf(block.Unsupported, "space report of an unknown version")
+	}
+	count := int(binary.LittleEndian.Uint16(p[1:]))
+	p = p[spaceHead:]
+	if count > maxSpaceDisks || len(p) != count*spaceDisk {
+		return nil, block.Errorf(block.Invalid, "space report of %d disks in %d bytes", count, len(p))
+	}
+	disks := make([]diskSpace, count)
+	for i := range disks {
+		d := &disks[i]
+		copy(d.disk[:], p)
+		d.size = int64(binary.LittleEndian.Uint64(p[16:]))
+		d.taken = int64(binary.LittleEndian.Uint64(p[24:]))
+		if d.size < 0 || d.taken < 0 {
+			return nil, block.Errorf(block.Invalid, "space report of a disk of %d bytes, %d of them taken", d.size, d.taken)
+		}
+		p = p[spaceDisk:]
+	}
+	return disks, nil
+}

@@ -1,0 +1,131 @@
+package node
+
+import (
+	"firn.io/firn/cluster/raftgroup"
+	"firn.io/firn/cluster/seglog"
+	"firn.io/firn/cluster/wire"
+	"firn.io/firn/internal/block"
+)
+
+// Counters count since the node was opened.
+type Counters struct {
+	// Requests by kind, and answers by status.
+	Requests [wire.ReqRecord + 1]uint64
+	Answers  [wire.StatusNoVolume + 1]uint64
+	// Unsent counts answers for peers that were gone or did not take them.
+	Unsent uint64
+	// BadMessages did not decode, or made no sense.
+	BadMessages uint64
+	// NoSpace counts writes refused for want of room.
+	NoSpace uint64
+	// ReadBytes and CorruptReads count bytes read for clients, and reads that
+	// failed their checksums.
+	ReadBytes, CorruptReads uint64
+	// Checkpoints (of replicas), Flushes (of stores), Truncations (of logs), Moved
+	// (runs of blocks, by collection) and Reaped (jobs of the reaper) count the
+	// work in the background.
+	Checkpoints, Flushes, Truncations, Moved, Reaped uint64
+}
+
+func (c *Counters) answered(k wire.RequestKind, st wire.Status) {
+	if int(k) < len(c.Requests) {
+		c.Requests[k]++
+	}
+	if int(st) < len(c.Answers) {
+		c.Answers[st]++
+	}
+}
+
+// DiskStatus describes one disk.
+type DiskStatus struct {
+	ID  block.DiskID
+	Dir string
+	// Failed is why the disk takes no part, or empty.
+	Failed string
+	// SizeBytes is what Firn may fill, TakenBytes what it has (S7), of which
+	// LogBytes are claimed by logs and LiveBytes are data.
+	SizeBytes, TakenBytes, LogBytes, LiveBytes int64
+	// Log is what the disk's log has done since it was opened.
+	Log seglog.Stats
+	// Pending is the number of updates that no checkpoint holds yet.
+	Pending  int
+	Replicas int
+}
+
+// ReplicaStatus describes one replica.
+type ReplicaStatus struct {
+	Group   block.GroupID
+	Replica block.ReplicaID
+	Disk    block.DiskID
+	// Open is false until the replica was recovered and acknowledged.
+	Open bool
+	// Failed is why it halted, or empty.
+	Failed            string
+	Leading           bool
+	Leader            block.NodeID // 0: unknown
+	Term              uint64
+	Applied           uint64
+	Committed         uint64
+	DurablyApplied    uint64
+	LogFirst, LogLast uint64
+}
+
+// Status is a snapshot of a node.
+type Status struct {
+	ID       block.NodeID
+	Addr     string
+	Zone     string
+	Stopping bool
+	// Registered says that the metadata store holds what is true of this node.
+	Registered bool
+	// Lease says that the liveness lease surely stands.
+	Lease    bool
+	Disks    []DiskStatus
+	Replicas []ReplicaStatus // in the order of groups
+	Counters Counters
+	Raft     raftgroup.Counters
+}
+
+// Leading returns the number of groups that the node leads.
+func (s *Status) Leading() int {
+	n := 0
+	for _, r := range s.Replicas {
+		if r.Leading {
+			n++
+		}
+	}
+	return n
+}
+
+// Status returns a snapshot. It is called on the Loop, after Start.
+func (n *Node) Status() Status {
+	s := Status{ID: n.cfg.ID, Addr: n.addr, Zone: n.cfg.Zone, Stopping: n.stopping, Registered: n.register.done,
+		Lease: n.session.Valid(), Counters: n.counters, Raft: n.host.Counters()}
+	for _, d := range n.disks {
+		s.Disks = append(s.Disks, d.status())
+	}
+	for _, rep := range n.sorted() {
+		s.Replicas = append(s.Replicas, rep.status())
+	}
+	return s
+}
+
+// Ready tells whether the node is registered, holds its lease and has opened
+// every replica on its usable disks.
+func (n *Node) Ready() bool {
+	if n.stopping || !n.register.done || !n.session.Valid() {
+		return false
+	}
+	for _, rep := range n.replicas {
+		if rep.group == nil && rep.disk.failed == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// Leads tells whether this node leads the group, as far as it knows.
+func (n *Node) Leads(id block.GroupID) bool {
+	rep := n.replicas[id]
+	return rep != nil && rep.group != nil && rep.group.Leading()
+}

@@ -1,0 +1,215 @@
+package node
+
+import (
+	"cmp"
+
+	"firn.io/firn/cluster/index"
+	"firn.io/firn/internal/clock"
+	"firn.io/firn/internal/loop"
+)
+
+const (
+	// reapExtents is how many hidden extents one job of the reaper removes.
+	reapExtents = 4096
+	// truncateEntries is how many entries are worth a truncation without need.
+	truncateEntries = 512
+	// checkpointPause is the least time between checkpoints for want of space.
+	checkpointPause = 5
+)
+
+// upkeep is the clock of the work in the background.
+func (n *Node) upkeep() {
+	if n.stopping {
+		return
+	}
+	n.loop.After(n.cfg.Pace.Upkeep, n.upkeep)
+	now := n.loop.Now()
+	for _, rep := range n.sorted() {
+		rep.expire(now)
+	}
+	for _, d := range n.disks {
+		if d.failed == nil {
+			d.upkeep(now)
+		}
+	}
+}
+
+// upkeep starts what is due on the disk: one chain of jobs at a time.
+func (d *disk) upkeep(now clock.Instant) {
+	d.truncate(d.pressed(), func(error) {})
+	if d.busy {
+		return
+	}
+	d.ticks++
+	if due := d.due(now); len(due) > 0 {
+		d.checkpoint(due, func(error) {})
+		return
+	}
+	if d.needFlush {
+		d.checkpoint(nil, func(error) {})
+		return
+	}
+	for _, rep := range d.replicas() {
+		if rep.state.Pending().Markers == 0 {
+			continue
+		}
+		if job := rep.state.StartReap(reapExtents); job != nil {
+			d.busy = true
+			d.run(job, func(error) {
+				d.busy = false
+				d.needFlush = true
+				d.node.counters.Reaped++
+			})
+			return
+		}
+	}
+}
+
+// pressed tells whether the logs claim more than their cap, or free segments
+// are short.
+func (d *disk) pressed() bool {
+	return d.needSpace || d.log.Space().ClaimedBytes > d.logCap()
+}
+
+// due returns the replicas to checkpoint now: all that changed when memory or
+// log are over their bounds, else those whose oldest change is old.
+func (d *disk) due(now clock.Instant) []*replica {
+	pace := &d.node.cfg.Pace
+	updates := 0
+	var changed, old []*replica
+	for _, rep := range d.replicas() {
+		p := rep.state.Pending()
+		updates += p.Updates
+		if p.Entries == 0 || p.Busy {
+			continue
+		}
+		changed = append(changed, rep)
+		if rep.dirty && now.Sub(rep.dirtySince) >= pace.CheckpointAge {
+			old = append(old, rep)
+		}
+	}
+	if updates >= pace.CheckpointUpdates {
+		return changed
+	}
+	if d.pressed() && d.ticks >= checkpointPause {
+		d.ticks = 0
+		d.needSpace = false
+		return changed
+	}
+	return old
+}
+
+// checkpoint merges the replicas one after the other, flushes the store, and
+// truncates the logs up to what is durable then. done is called with the first
+// error, which has failed the disk.
+func (d *disk) checkpoint(reps []*replica, done func(error)) {
+	d.busy = true
+	finish := func(err error) {
+		d.busy = false
+		if err == nil {
+			d.truncate(true, done)
+			return
+		}
+		done(err)
+	}
+	var next func(i int)
+	next = func(i int) {
+		if i == len(reps) {
+			d.needFlush = false
+			d.run(d.index.StartFlush(), func(err error) {
+				if err == nil {
+					d.node.counters.Flushes++
+				}
+				finish(err)
+			})
+			return
+		}
+		job := reps[i].state.StartCheckpoint()
+		if job == nil {
+			next(i + 1)
+			return
+		}
+		reps[i].dirty = false
+		d.run(job, func(err error) {
+			if err != nil {
+				finish(err)
+				return
+			}
+			d.node.counters.Checkpoints++
+			next(i + 1)
+		})
+	}
+	next(0)
+}
+
+// run does a job of the index. An error is the disk's end (L8).
+func (d *disk) run(job *index.Job, done func(error)) {
+	d.node.loop.Do(loop.Merge, job.Run, func() {
+		err := cmp.Or(d.failed, job.Finish())
+		if err != nil {
+			d.fail(err)
+		}
+		done(err)
+	})
+}
+
+// truncate drops from each log what a flushed checkpoint holds and no follower
+// still needs (L7). Without need, only where it is worth a write.
+func (d *disk) truncate(need bool, done func(error)) {
+	waiting := 1
+	var first error
+	ended := func(err error) {
+		first = cmp.Or(first, err)
+		if waiting--; waiting == 0 {
+			done(first)
+		}
+	}
+	for _, rep := range d.replicas() {
+		if rep.group == nil || rep.group.Err() != nil || rep.truncating {
+			continue
+		}
+		from, upTo := rep.log().FirstIndex(), rep.state.DurablyApplied()
+		if conf := rep.group.Conf(); len(conf.Members) > 1 {
+			upTo = min(upTo, rep.group.SlowestMatch())
+		}
+		if upTo < from || !need && upTo-from < truncateEntries {
+			continue
+		}
+		waiting++
+		rep.truncating = true
+		d.node.counters.Truncations++
+		rep.group.Truncate(upTo, func(err error) {
+			rep.truncating = false
+			ended(err)
+		})
+	}
+	ended(nil)
+}
+
+// checkpointAll checkpoints every replica of every disk, for a stop.
+func (n *Node) checkpointAll(done func(error)) {
+	waiting := 1
+	var first error
+	ended := func(err error) {
+		first = cmp.Or(first, err)
+		if waiting--; waiting == 0 {
+			done(first)
+		}
+	}
+	for _, d := range n.disks {
+		if d.failed == nil {
+			waiting++
+			d.whenIdle(func() { d.checkpoint(d.replicas(), ended) })
+		}
+	}
+	ended(nil)
+}
+
+// whenIdle runs fn once no chain of jobs runs on the disk.
+func (d *disk) whenIdle(fn func()) {
+	if d.busy {
+		d.node.loop.After(d.node.cfg.Pace.Upkeep, func() { d.whenIdle(fn) })
+		return
+	}
+	fn()
+}
