@@ -1,6 +1,9 @@
 package index
 
 import (
+	"bytes"
+	"slices"
+
 	"firn.io/firn/cluster/seglog"
 	"firn.io/firn/internal/block"
 )
@@ -16,64 +19,125 @@ type Options struct {
 // DB is the index of one disk. Except for Open, which reads the store, its
 // methods are called on the Loop and touch memory only.
 type DB struct {
-	store Store
+	store    Store
+	opts     Options
+	replicas map[seglog.ReplicaKey]*Replica
+	lastID   localID
+	live     liveBits
+	snap     *sharedSnapshot
+	merged   []*merged // finished and not known to be durable
+	free     []*Lookup
 }
 
-// Open reads what a store holds: everything that stays in memory (volume and
-// group records, range markers, chunk versions, live bits). It blocks, before
-// the Loop runs. Kinds Corrupt, Unsupported, and what the store fails with.
-func Open(store Store, opts Options) (*DB, error) { panic("draft") }
+// merged is a job's change of the store that waits for a flush.
+type merged struct {
+	replica *Replica
+	applied uint64
+	dead    holds
+}
+
+// sharedSnapshot is a view of the store that look-ups and jobs share. Counted
+// on the Loop only.
+type sharedSnapshot struct {
+	Snapshot
+	refs int
+}
 
 // Close lets go of the store's snapshots. Jobs and look-ups must have ended.
 // The store stays open; what was not flushed is left to the log.
-func (db *DB) Close() error { panic("draft") }
+func (db *DB) Close() error {
+	if db.snap.refs != 1 {
+		return block.Errorf(block.Internal, "index: closed with %d look-ups or jobs in flight", db.snap.refs-1)
+	}
+	return db.release(db.snap)
+}
 
-// Creation is the state that a new replica begins with. All replicas of a
-// group are created with the same one but for their ids.
-type Creation struct {
-	// Index and Term of the entry that the log begins after.
-	Index, Term uint64
-	// Conf is the encoded membership, opaque here; the counter of replica ids
-	// is in it.
-	Conf []byte
-	// Era goes into every Version.
-	Era uint16
+func (db *DB) acquire() *sharedSnapshot {
+	db.snap.refs++
+	return db.snap
+}
+
+func (db *DB) release(s *sharedSnapshot) error {
+	if s.refs--; s.refs == 0 {
+		return s.Snapshot.Close()
+	}
+	return nil
+}
+
+// refresh makes later look-ups see what was committed.
+func (db *DB) refresh() {
+	old := db.snap
+	db.snap = &sharedSnapshot{Snapshot: db.store.Snapshot(), refs: 1}
+	if old != nil {
+		db.release(old)
+	}
 }
 
 // Create adds a replica. It is in memory only until its first checkpoint is
 // flushed: DurablyApplied is 0 up to then. Kind Exists.
-func (db *DB) Create(key seglog.ReplicaKey, c Creation) (*Replica, error) { panic("draft") }
+func (db *DB) Create(key seglog.ReplicaKey, c Creation) (*Replica, error) {
+	if db.replicas[key] != nil {
+		return nil, block.Errorf(block.Exists, "replica %d of group %d is on this disk already", key.Replica, key.Group)
+	}
+	db.lastID++
+	r := newReplica(db, key, db.lastID, groupRecord{
+		applied: c.Index, term: c.Term, era: c.Era, conf: bytes.Clone(c.Conf),
+	})
+	db.replicas[key] = r
+	return r, nil
+}
 
 // Replica returns a replica of this disk, nil if it is not here.
-func (db *DB) Replica(key seglog.ReplicaKey) *Replica { panic("draft") }
+func (db *DB) Replica(key seglog.ReplicaKey) *Replica { return db.replicas[key] }
 
 // Replicas returns all replicas in the order of group and replica id.
-func (db *DB) Replicas() []*Replica { panic("draft") }
-
-// StartRemove forgets a replica at once and returns the job that removes it
-// from the store. Its segments are idle after the next flush. A job of the
-// replica must not be in flight.
-func (db *DB) StartRemove(key seglog.ReplicaKey) *Job { panic("draft") }
+func (db *DB) Replicas() []*Replica {
+	all := make([]*Replica, 0, len(db.replicas))
+	for _, r := range db.replicas {
+		all = append(all, r)
+	}
+	slices.SortFunc(all, func(a, b *Replica) int { return a.key.Compare(b.key) })
+	return all
+}
 
 // StartFlush returns a job that makes everything durable that was committed
 // before it: Replica.DurablyApplied rises and segments become idle when it is
 // finished. Its Run returns only once the store has flushed or failed.
-func (db *DB) StartFlush() *Job { panic("draft") }
+func (db *DB) StartFlush() *Job {
+	now := db.merged
+	db.merged = nil
+	return &Job{
+		run: db.store.Flush,
+		finish: func() {
+			for _, m := range now {
+				db.live.release(m.dead)
+				m.replica.durable = max(m.replica.durable, m.applied)
+			}
+		},
+	}
+}
 
-// LiveBlocks is how many blocks of a segment the index points at.
-func (db *DB) LiveBlocks(s seglog.SegmentID) int { panic("draft") }
+// Unflushed tells whether a flush would make anything durable.
+func (db *DB) Unflushed() bool { return len(db.merged) > 0 }
 
-// AppendLive appends a copy of the segment's live bits to dst: bit i%64 of word
-// i/64 says that block i is pointed at. Words past the last live block may be
-// missing.
-func (db *DB) AppendLive(dst []uint64, s seglog.SegmentID) []uint64 { panic("draft") }
+// LiveBlocks is how many blocks of a segment the index may point at: what the
+// last durable checkpoints, memory and the checkpoints in flight refer to. A
+// segment with 0 may be recycled as far as the index is concerned (L7).
+func (db *DB) LiveBlocks(s seglog.SegmentID) int {
+	if e := db.live.segments[s]; e != nil {
+		return e.live + e.held
+	}
+	return 0
+}
 
-// Idle tells whether neither the last durable checkpoints nor any delta point
-// into the segment (L7).
-func (db *DB) Idle(s seglog.SegmentID) bool { panic("draft") }
+// Live tells whether the index points at block b of a segment.
+func (db *DB) Live(s seglog.SegmentID, b uint16) bool {
+	e := db.live.segments[s]
+	return e != nil && e.bits.get(b, 1) != 0
+}
 
-// LiveTotal is how many blocks of the disk are pointed at.
-func (db *DB) LiveTotal() int64 { panic("draft") }
+// LiveTotal is how many blocks of the disk are live.
+func (db *DB) LiveTotal() int64 { return db.live.total }
 
 // Job is blocking work on the store. Run is called once, off the Loop (class
 // Merge), and Finish once, on the Loop, after Run has returned.
@@ -95,29 +159,9 @@ func (j *Job) Finish() error {
 	return j.err
 }
 
-// Replica is the replicated state of one replica.
-type Replica struct {
-	db  *DB
-	key seglog.ReplicaKey
+func (db *DB) segmentGeneration(s seglog.SegmentID) uint64 {
+	if db.opts.SegmentGeneration == nil {
+		return 0
+	}
+	return db.opts.SegmentGeneration(s)
 }
-
-// Key names the replica.
-func (r *Replica) Key() seglog.ReplicaKey { return r.key }
-
-// Applied is the last applied index and its term.
-func (r *Replica) Applied() (index, term uint64) { panic("draft") }
-
-// AppliedVersion is Applied under the replica's era: what a token is compared to.
-func (r *Replica) AppliedVersion() block.Version { panic("draft") }
-
-// DurablyApplied is the index of the last durable checkpoint, 0 before the first.
-func (r *Replica) DurablyApplied() uint64 { panic("draft") }
-
-// Conf is what ApplyConf or Create gave last. The caller must not change it.
-func (r *Replica) Conf() []byte { panic("draft") }
-
-// Era of the replica's versions.
-func (r *Replica) Era() uint16 { panic("draft") }
-
-// Feature is the group's feature level.
-func (r *Replica) Feature() uint32 { panic("draft") }

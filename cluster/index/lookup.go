@@ -2,7 +2,6 @@ package index
 
 import (
 	"firn.io/firn/cluster/seglog"
-	"firn.io/firn/cluster/wire"
 	"firn.io/firn/internal/block"
 )
 
@@ -35,7 +34,7 @@ type Place struct {
 	Object, Offset uint32
 }
 
-// Query asks for Count blocks of one chunk (1..1024, not beyond its end).
+// Query asks for Count blocks of one chunk, at least one and not beyond its end.
 type Query struct {
 	Volume     block.VolumeID
 	Generation block.Generation // of the view; GenerationLatest
@@ -65,60 +64,234 @@ type Run struct {
 //	if l.Pending() { loop.Do(DiskRead, func() { err = l.Load() }, use) } else { use() }
 //	... l.Runs() ...
 //	l.Release()
-type Lookup struct{}
+type Lookup struct {
+	db      *DB
+	local   localID
+	volume  uint32
+	q       Query
+	applied block.Version
+	snap    *sharedSnapshot // set while the store has to be asked
+	slots   []slot
+	runs    []Run
+	crcs    []uint32
+}
+
+// slot is the newest that was found for a block.
+type slot struct {
+	state   slotState
+	final   bool // nothing in the layers below is newer
+	moved   bool // the extent was moved: a layer below may hold a newer one
+	gen     block.Generation
+	written block.Version
+	place   Place
+	crc     uint32
+}
+
+type slotState uint8
+
+const (
+	slotEmpty slotState = iota
+	slotZero
+	slotData
+)
+
+// offer takes a candidate if it is newer than what the slot has; the layers
+// are asked from the newest down, so a tie stays with the newer one (S10).
+func (s *slot) offer(gen block.Generation, written block.Version) bool {
+	if s.state != slotEmpty && (s.gen > gen || s.gen == gen && s.written >= written) {
+		return false
+	}
+	s.gen, s.written = gen, written
+	return true
+}
 
 // Lookup answers from memory as far as it can: completely if the delta or the
 // chunk's version say everything, as for recent writes, for trimmed and for
 // never-written chunks. A volume that is unknown or deleted reads as a hole.
-func (r *Replica) Lookup(q Query) *Lookup { panic("draft") }
-
-// Applied is the index that the look-up is of.
-func (l *Lookup) Applied() block.Version { panic("draft") }
-
-// Pending tells whether the store has to be asked.
-func (l *Lookup) Pending() bool { panic("draft") }
-
-// Load asks the store. It blocks and may be called off the Loop.
-func (l *Lookup) Load() error { panic("draft") }
-
-// Runs returns the runs, in order, that cover exactly what was asked. They are
-// valid until Release. Blocks of it that are still pending have no run.
-func (l *Lookup) Runs() []Run { panic("draft") }
-
-// Release ends the use, on the Loop. Load must not be running.
-func (l *Lookup) Release() { panic("draft") }
-
-// MapQuery asks which blocks of the chunks [From, To) of the group hold data.
-type MapQuery struct {
-	Volume     block.VolumeID
-	Generation block.Generation
-	From, To   block.Chunk
-	// Max is about how many runs to return; a chunk is never cut, so that a
-	// little more may come.
-	Max int
+// A Query out of range is a bug of the caller and panics.
+func (r *Replica) Lookup(q Query) *Lookup {
+	if q.Count == 0 || int(q.Block)+int(q.Count) > block.BlocksPerChunk {
+		panic("index: look-up beyond its chunk")
+	}
+	l := r.db.newLookup()
+	l.q, l.local, l.applied = q, r.local, r.AppliedVersion()
+	if cap(l.slots) < int(q.Count) {
+		l.slots = make([]slot, q.Count)
+	}
+	l.slots = l.slots[:q.Count]
+	clear(l.slots)
+	v := r.volumes[q.Volume]
+	if v == nil || v.record.Tombstone {
+		return l
+	}
+	last, known := v.chunks.get(q.Chunk)
+	if !known {
+		return l
+	}
+	l.volume = v.number
+	gen, written, marked := v.markers.newest(q.Chunk, q.Generation)
+	if !marked || written < last {
+		l.memory(v.delta)
+		l.memory(v.frozen)
+	}
+	if marked {
+		// Nothing is newer than the chunk's version, and nothing of the store
+		// newer than the checkpoint in it.
+		final := written >= last || written > block.MakeVersion(r.group.era, r.committed)
+		for i := range l.slots {
+			if s := &l.slots[i]; s.offer(gen, written) {
+				s.state, s.final = slotZero, final
+			}
+		}
+	}
+	for i := range l.slots {
+		if !l.slots[i].final && r.catalog {
+			l.snap = r.db.acquire()
+			break
+		}
+	}
+	return l
 }
 
-// Mapping is the answer to a MapQuery, used like a Lookup.
-type Mapping struct{}
+func (db *DB) newLookup() *Lookup {
+	if n := len(db.free); n > 0 {
+		l := db.free[n-1]
+		db.free = db.free[:n-1]
+		return l
+	}
+	return &Lookup{db: db}
+}
 
-// Map starts a mapping.
-func (r *Replica) Map(q MapQuery) *Mapping { panic("draft") }
+// memory asks a delta.
+func (l *Lookup) memory(d *volumeDelta) {
+	if d == nil {
+		return
+	}
+	c := d.chunks[l.q.Chunk]
+	if c == nil {
+		return
+	}
+	first, end := uint16(l.q.Block), uint16(l.q.Block)+l.q.Count
+	for i := c.search(first &^ (cellBlocks - 1)); i < len(c.extents) && c.extents[i].block < end; i++ {
+		e := &c.extents[i]
+		if e.gen > l.q.Generation {
+			continue
+		}
+		for b := max(e.block, first); b < min(e.block+uint16(e.count), end); b++ {
+			s := &l.slots[b-first]
+			if s.final || !s.offer(e.gen, e.written) {
+				continue
+			}
+			if s.state = slotZero; !e.zero() {
+				s.state = slotData
+				s.place = Place{Kind: KindLocal, At: seglog.Location{Segment: e.segment, Block: e.at + b - e.block}}
+				s.crc = c.crcAt(e, b-e.block)
+			}
+			s.moved = e.flags&extentMoved != 0
+		}
+	}
+	for i := range l.slots {
+		s := &l.slots[i]
+		s.final = s.state != slotEmpty && !s.moved
+	}
+}
 
-// Applied is the index that the mapping is of.
-func (m *Mapping) Applied() block.Version { panic("draft") }
+// Applied is the index that the look-up is of.
+func (l *Lookup) Applied() block.Version { return l.applied }
 
 // Pending tells whether the store has to be asked.
-func (m *Mapping) Pending() bool { panic("draft") }
+func (l *Lookup) Pending() bool { return l.snap != nil }
 
-// Load asks the store. It blocks and may be called off the Loop.
-func (m *Mapping) Load() error { panic("draft") }
+// Load asks the store. It blocks and may be called off the Loop, once.
+func (l *Lookup) Load() error {
+	first := uint16(l.q.Block)
+	from := appendExtentPrefix(nil, l.local, l.volume, l.q.Chunk, first&^(cellBlocks-1))
+	to := appendExtentPrefix(nil, l.local, l.volume, l.q.Chunk, first+l.q.Count)
+	return scan(l.snap, from, to, func(key, value []byte) (err error) {
+		k, ok := decodeExtentKey(key)
+		if !ok {
+			return corrupt("extent key", key)
+		}
+		if k.gen > l.q.Generation {
+			return nil
+		}
+		var e stored
+		if l.crcs, err = decodeExtent(&e, k.block, value, l.crcs[:0]); err != nil {
+			return err
+		}
+		for b := max(k.block, first); b < min(k.block+uint16(e.count), first+l.q.Count); b++ {
+			s := &l.slots[b-first]
+			if s.final || !s.offer(k.gen, k.written) {
+				continue
+			}
+			if s.state = slotZero; e.place.Kind != KindZero {
+				s.state = slotData
+				s.place = e.place.forward(b - k.block)
+				s.crc = e.crcs[b-k.block]
+			}
+		}
+		return nil
+	})
+}
 
-// Runs returns the runs of data and of zero extents, in order. What is not in
-// them, below Covered, is a hole; range markers count as holes.
-func (m *Mapping) Runs() []wire.Run { panic("draft") }
+// Runs returns the runs, in order, that cover exactly what was asked. A pending
+// look-up must be loaded first. They are valid until Release.
+func (l *Lookup) Runs() []Run {
+	l.runs, l.crcs = l.runs[:0], l.crcs[:0]
+	if cap(l.crcs) < len(l.slots) {
+		l.crcs = make([]uint32, 0, len(l.slots))
+	}
+	for i := range l.slots {
+		s := &l.slots[i]
+		b := l.q.Block + block.Index(i)
+		if n := len(l.runs); n > 0 && l.runs[n-1].extend(s) {
+			if s.state == slotData {
+				l.crcs = append(l.crcs, s.crc)
+				l.runs[n-1].CRCs = l.crcs[len(l.crcs)-int(l.runs[n-1].Count):]
+			}
+			continue
+		}
+		run := Run{Block: b, Count: 1, State: s.extentState()}
+		if s.state == slotData {
+			l.crcs = append(l.crcs, s.crc)
+			run.Place, run.CRCs, run.Generation, run.Written = s.place, l.crcs[len(l.crcs)-1:], s.gen, s.written
+		}
+		l.runs = append(l.runs, run)
+	}
+	return l.runs
+}
 
-// Covered is the chunk at which to go on; To when nothing is left.
-func (m *Mapping) Covered() block.Chunk { panic("draft") }
+func (s *slot) extentState() block.ExtentState {
+	switch s.state {
+	case slotData:
+		return block.Data
+	case slotZero:
+		return block.Zero
+	}
+	return block.Hole
+}
 
-// Release ends the use, on the Loop.
-func (m *Mapping) Release() { panic("draft") }
+// extend adds the next block to the run if its bytes follow.
+func (r *Run) extend(s *slot) bool {
+	if r.State != s.extentState() {
+		return false
+	}
+	if s.state == slotData && (r.Written != s.written || r.Generation != s.gen || r.Place.forward(r.Count) != s.place) {
+		return false
+	}
+	r.Count++
+	return true
+}
+
+// Release ends the use, on the Loop. Load must not be running.
+func (l *Lookup) Release() {
+	if l.snap != nil {
+		l.db.release(l.snap)
+		l.snap = nil
+	}
+	if len(l.db.free) < maxFreeLookups {
+		l.db.free = append(l.db.free, l)
+	}
+}
+
+const maxFreeLookups = 256

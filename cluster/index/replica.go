@@ -1,42 +1,134 @@
 package index
 
 import (
+	"bytes"
+	"slices"
+
 	"firn.io/firn/cluster/seglog"
 	"firn.io/firn/cluster/wire"
 	"firn.io/firn/internal/block"
 )
 
-// Apply applies a command whose payload, if it has one, lies at loc in the log
-// of this disk. It is deterministic and changes memory only (S6). index is one
-// above the last applied one. cmd and its slices are not kept.
-//
-// An error means that this build does not understand the command, or that
-// entries were skipped: the replica has to halt.
-func (r *Replica) Apply(index, term uint64, cmd *wire.Command, loc seglog.Location) (wire.ApplyResult, error) {
-	panic("draft")
+// Creation is the state that a new replica begins with. All replicas of a
+// group are created with the same one but for their ids.
+type Creation struct {
+	// Index and Term of the entry that the log begins after.
+	Index, Term uint64
+	// Conf is the encoded membership, opaque here; the counter of replica ids
+	// is in it.
+	Conf []byte
+	// Era goes into every Version.
+	Era uint16
 }
 
-// ApplyEmpty notes an entry without effect.
-func (r *Replica) ApplyEmpty(index, term uint64) error { panic("draft") }
+// Replica is the replicated state of one replica.
+//
+// Invariants:
+//   - every extent of the delta that was not moved is newer than all of frozen
+//     and of the store, and so every such one of frozen than all of the store;
+//   - a chunk without a record in its volume's table has no extents anywhere;
+//   - at most one job changes what the store holds of the replica (busy);
+//   - the store holds the state at committed; everything above is in memory and
+//     in the log.
+type Replica struct {
+	db    *DB
+	key   seglog.ReplicaKey
+	local localID
 
-// ApplyConf notes a change of members: its encoded result.
-func (r *Replica) ApplyConf(index, term uint64, conf []byte) error { panic("draft") }
+	group   groupRecord
+	volumes map[block.VolumeID]*volume
+	order   []*volume // by number, which is the order of creation
+
+	// What changed since the last freeze.
+	updates int
+	bytes   int64
+	entries uint64
+	touched []*volume // have a delta
+	dirty   []*volume // have a changed record
+
+	frozenBytes int64
+	spans       int // range markers of all volumes
+
+	busy      bool
+	removed   bool
+	catalog   bool // the store knows the replica
+	committed uint64
+	durable   uint64
+	deferred  []seglog.Move // wait for the job in flight
+}
+
+func newReplica(db *DB, key seglog.ReplicaKey, local localID, g groupRecord) *Replica {
+	return &Replica{db: db, key: key, local: local, group: g, volumes: make(map[block.VolumeID]*volume)}
+}
+
+// Key names the replica.
+func (r *Replica) Key() seglog.ReplicaKey { return r.key }
+
+// Applied is the last applied index and its term.
+func (r *Replica) Applied() (index, term uint64) { return r.group.applied, r.group.term }
+
+// AppliedVersion is Applied under the replica's era: what a token is compared to.
+func (r *Replica) AppliedVersion() block.Version {
+	return block.MakeVersion(r.group.era, r.group.applied)
+}
+
+// DurablyApplied is the index of the last durable checkpoint, 0 before the first.
+func (r *Replica) DurablyApplied() uint64 { return r.durable }
+
+// Conf is what ApplyConf or Create gave last. The caller must not change it.
+func (r *Replica) Conf() []byte { return r.group.conf }
+
+// Era of the replica's versions.
+func (r *Replica) Era() uint16 { return r.group.era }
+
+// Feature is the group's feature level.
+func (r *Replica) Feature() uint32 { return r.group.feature }
 
 // Record returns the group's record of a volume. The caller must not change
 // its VolumeValue.
-func (r *Replica) Record(v block.VolumeID) (wire.VolumeRecord, bool) { panic("draft") }
+func (r *Replica) Record(v block.VolumeID) (wire.VolumeRecord, bool) {
+	if vol := r.volumes[v]; vol != nil {
+		return vol.record, true
+	}
+	return wire.VolumeRecord{}, false
+}
 
 // Volumes returns the volumes that the group knows, tombstones included, in
 // the order of their ids.
-func (r *Replica) Volumes() []block.VolumeID { panic("draft") }
+func (r *Replica) Volumes() []block.VolumeID {
+	ids := make([]block.VolumeID, 0, len(r.order))
+	for _, v := range r.order {
+		ids = append(ids, v.record.Volume)
+	}
+	slices.SortFunc(ids, func(a, b block.VolumeID) int { return bytes.Compare(a[:], b[:]) })
+	return ids
+}
 
 // ChunkVersion is the version of a chunk (S4); false if the volume is unknown.
-func (r *Replica) ChunkVersion(v block.VolumeID, c block.Chunk) (block.Version, bool) { panic("draft") }
+func (r *Replica) ChunkVersion(v block.VolumeID, c block.Chunk) (block.Version, bool) {
+	if vol := r.volumes[v]; vol != nil {
+		return vol.version(c), true
+	}
+	return 0, false
+}
 
 // Usage is about how many bytes of this disk hold data of the volume: exact
 // after a checkpoint, above it what was overwritten since is counted twice.
 // Zeros, index and log count nothing; what trims hide counts until it is reaped.
-func (r *Replica) Usage(v block.VolumeID) int64 { panic("draft") }
+func (r *Replica) Usage(v block.VolumeID) int64 {
+	vol := r.volumes[v]
+	if vol == nil {
+		return 0
+	}
+	n := vol.storeBlocks
+	if vol.delta != nil {
+		n += vol.delta.blocks
+	}
+	if vol.frozen != nil {
+		n += vol.frozen.blocks
+	}
+	return n * block.Size
+}
 
 // Pending says what a checkpoint would merge.
 type Pending struct {
@@ -53,45 +145,80 @@ type Pending struct {
 }
 
 // Pending is what the node decides on when to checkpoint and to reap.
-func (r *Replica) Pending() Pending { panic("draft") }
-
-// StartCheckpoint freezes the state at Applied and returns the job that merges
-// it into the store. It is durable once a flush that was started after Finish
-// is finished. Nil if nothing was applied since the last one, or if a job of
-// this replica is in flight.
-func (r *Replica) StartCheckpoint() *Job { panic("draft") }
-
-// StartReap returns a job that removes up to about extents records that range
-// markers or deletions hide, and in time the markers themselves (S3). Nil if
-// there is nothing to reap, if a job of this replica is in flight, or if the
-// markers are not in a checkpoint yet.
-func (r *Replica) StartReap(extents int) *Job { panic("draft") }
-
-// Move says that the bytes of Count blocks, which the extent (Volume, Chunk,
-// Block.., Generation, Written) has at From, are synced at To as well. A move
-// never changes what a view sees.
-type Move struct {
-	Volume     block.VolumeID
-	Chunk      block.Chunk
-	Block      block.Index
-	Count      uint16
-	Generation block.Generation
-	Written    block.Version
-	CRCs       []uint32
-	From, To   seglog.Location
+func (r *Replica) Pending() Pending {
+	return Pending{Updates: r.updates, Bytes: r.bytes + r.frozenBytes, Entries: r.entries, Markers: r.spans, Busy: r.busy}
 }
 
-// ApplyMoves repoints those blocks whose live bit is set at From, and calls
-// done with how many there were: at once, or when the job of this replica that
-// is in flight has finished, since a merge may be about to clear that bit.
-//
-// From's segment must not be recycled before done. Moves are not repeated by
-// recovery: until the checkpoint that holds it is durable, the segment of From
-// is not idle, and afterwards nothing needs the move.
-func (r *Replica) ApplyMoves(moves []Move, done func(repointed int)) { panic("draft") }
+// touch returns the chunk's delta, made if there is none.
+func (r *Replica) touch(v *volume, c block.Chunk) *chunkDelta {
+	if v.delta == nil {
+		v.delta = &volumeDelta{chunks: make(map[block.Chunk]*chunkDelta)}
+		r.touched = append(r.touched, v)
+	}
+	d := v.delta.chunks[c]
+	if d == nil {
+		d = &chunkDelta{extras: v.chunks.hasExtras(c)}
+		v.delta.chunks[c] = d
+		r.bytes += d.bytes()
+	}
+	return d
+}
 
-// Digest is a checksum of what can be seen: all volume records with their
-// windows, and for each block the data that the newest or a retained view sees
-// (generation, written, CRC). Equal applied indexes have equal digests on all
-// replicas, whenever they made their checkpoints. It reads the store and blocks.
-func (r *Replica) Digest() (uint64, error) { panic("draft") }
+// add puts an extent into the delta and sets its live bits.
+func (r *Replica) add(v *volume, d *chunkDelta, e extent, crcs []uint32) {
+	before := d.bytes()
+	added := d.insert(e, crcs, &v.retained, func(x *extent, mask uint16) {
+		v.delta.blocks -= int64(r.db.live.clear(x.segment, x.at, mask))
+	})
+	r.bytes += d.bytes() - before
+	if !added {
+		return
+	}
+	r.updates++
+	if !e.zero() {
+		r.db.live.set(e.segment, e.at, e.live)
+		v.delta.blocks += blocksIn(e.live)
+	}
+}
+
+// mark puts a range marker over the chunks of s.
+func (r *Replica) mark(v *volume, g block.Generation, s span) {
+	r.ownMarkers(v)
+	before := v.markers.count()
+	v.markers.add(g, s)
+	r.spans += v.markers.count() - before
+	r.updates++
+	r.soil(v)
+}
+
+// ownMarkers copies the volume's markers if a job or the last checkpoint holds them.
+func (r *Replica) ownMarkers(v *volume) {
+	if v.sharing {
+		v.markers, v.sharing = v.markers.clone(), false
+	}
+}
+
+// soil notes that the volume's record changed.
+func (r *Replica) soil(v *volume) {
+	if !v.dirty {
+		v.dirty = true
+		r.dirty = append(r.dirty, v)
+	}
+}
+
+// create adds a volume's record.
+func (r *Replica) create(id block.VolumeID) *volume {
+	r.group.volumes++
+	v := &volume{number: r.group.volumes, markers: &markers{}}
+	v.saved, v.sharing = v.markers, true
+	v.record.Volume = id
+	v.window.reset()
+	r.adopt(v)
+	r.soil(v)
+	return v
+}
+
+func (r *Replica) adopt(v *volume) {
+	r.volumes[v.record.Volume] = v
+	r.order = append(r.order, v)
+}
