@@ -89,6 +89,14 @@ func WrapEtcd(client *clientv3.Client, names string) *Etcd {
 	return e
 }
 
+// NewEtcd makes a store of a client that exists: that of an etcd in the same
+// process (v3client.New). name is what error texts call it. Close closes the client.
+func NewEtcd(client *clientv3.Client, name string) *Etcd {
+	e := &Etcd{client: client, names: name}
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	return e
+}
+
 // fail gives an error of the client its kind. outer is the caller's context.
 func (e *Etcd) fail(outer context.Context, err error, what string) error {
 	switch {
@@ -283,7 +291,11 @@ func (e *Etcd) Usage(ctx context.Context) (Usage, error) {
 	var worst Usage
 	var failed error
 	answered := false
-	for _, ep := range e.client.Endpoints() {
+	endpoints := e.client.Endpoints()
+	if len(endpoints) == 0 {
+		endpoints = []string{""} // the one in this process
+	}
+	for _, ep := range endpoints {
 		c, cancel := context.WithTimeout(ctx, etcdCallTime)
 		r, err := e.client.Status(c, ep)
 		cancel()
@@ -393,5 +405,9 @@ func fromEvents(events []*clientv3.Event) []Change {
 func (e *Etcd) Close() error {
 	e.cancel()
 	e.watches.Wait()
-	return e.client.Close()
+	// The client of an etcd in this process reports its own end as an error.
+	if err := e.client.Close(); err != nil && !errors.Is(err, context.Canceled) {
+		return block.Wrap(block.Unavailable, err, "disconnect from etcd at %s", e.names)
+	}
+	return nil
 }
