@@ -1,0 +1,430 @@
+package node_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"firn.io/firn/cluster/coordinator"
+	"firn.io/firn/cluster/index"
+	"firn.io/firn/cluster/index/pebblestore"
+	"firn.io/firn/cluster/meta"
+	"firn.io/firn/cluster/node"
+	"firn.io/firn/cluster/transport"
+	"firn.io/firn/cluster/transport/inproc"
+	"firn.io/firn/cluster/wire"
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/clock"
+	"firn.io/firn/internal/loop"
+	"firn.io/firn/internal/payload"
+	"firn.io/firn/internal/vfs"
+)
+
+// machine is one node on a loop of its own, over a real folder and Pebble.
+type machine struct {
+	t    *testing.T
+	lab  *lab
+	id   block.NodeID
+	dir  string
+	loop *loop.System
+	node *node.Node
+	cand *coordinator.Coordinator
+}
+
+// lab is three machines, a metadata server and a client.
+type lab struct {
+	t       *testing.T
+	ctx     context.Context
+	cluster block.ClusterID
+	meta    *meta.Mem
+	fabric  *inproc.Fabric
+	nodes   []*machine
+}
+
+func newLab(t *testing.T, nodes int) *lab {
+	t.Helper()
+	l := &lab{t: t, ctx: context.Background(), cluster: block.NewUUID(), meta: meta.NewMem(clock.System{}), fabric: inproc.NewFabric(nil)}
+	for i := range nodes {
+		m := &machine{t: t, lab: l, id: block.NodeID(i + 1), dir: t.TempDir()}
+		l.nodes = append(l.nodes, m)
+		m.start()
+	}
+	t.Cleanup(func() {
+		for _, m := range l.nodes {
+			if m.loop != nil {
+				m.stop()
+			}
+		}
+	})
+	return l
+}
+
+func (m *machine) start() {
+	m.t.Helper()
+	m.loop = loop.NewSystem(clock.System{}, loop.DefaultLimits)
+	addr := fmt.Sprintf("node%d", m.id)
+	fs := vfs.NewOS()
+	n, err := node.Run(m.lab.ctx, m.loop, node.Config{
+		ID: m.id, Cluster: m.lab.cluster, Listen: addr, Boot: "boot", FS: fs,
+		Disks: []node.DiskConfig{{Dir: m.dir, CapacityBytes: 256 << 20}},
+		OpenStore: func(dir string) (index.Store, error) {
+			return pebblestore.Open(dir, pebblestore.Options{CacheBytes: 1 << 20, MemTableBytes: 1 << 20})
+		},
+		Network:     m.lab.fabric.Network(addr, m.loop, transport.Identity{Hello: transport.Hello{Cluster: m.lab.cluster, Node: m.id}}),
+		Meta:        m.lab.meta.Client(),
+		Incarnation: uint64(m.loop.Rand().Int64()),
+		NewDiskID:   func() block.DiskID { return block.NewUUID() },
+		Pace:        node.Pace{SegmentBytes: 4 << 20, CheckpointAge: 300 * time.Millisecond, Upkeep: 20 * time.Millisecond},
+		Logf:        func(format string, args ...any) { m.t.Logf(addr+": "+format, args...) },
+	})
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	m.node = n
+	m.loop.Call(func() {
+		m.cand = coordinator.New(coordinator.Config{Loop: m.loop, Store: m.lab.meta.Client(), Node: m.id, Deleter: nobody{}})
+		m.cand.Start(m.lab.ctx)
+	})
+}
+
+// nobody deletes nothing: these tests delete no volumes.
+type nobody struct{}
+
+func (nobody) DeleteInGroup(context.Context, meta.VolumeMeta, block.GroupID, func(error)) {
+	panic("no volume is deleted here")
+}
+
+func (m *machine) stop() {
+	m.t.Helper()
+	gone := make(chan struct{})
+	m.loop.Post(func() { m.cand.Stop(func() { close(gone) }) })
+	<-gone
+	ctx, cancel := context.WithTimeout(m.lab.ctx, 20*time.Second)
+	defer cancel()
+	if err := node.Shutdown(ctx, m.loop, m.node); err != nil {
+		m.t.Errorf("stop of node %d: %v", m.id, err)
+	}
+	m.loop.Stop()
+	m.loop, m.node = nil, nil
+}
+
+// eventually waits until cond holds, which is asked again whenever a tick of
+// upkeep may have changed something.
+func (l *lab) eventually(what string, cond func() bool) {
+	l.t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !cond() {
+		if time.Now().After(deadline) {
+			l.t.Fatalf("not within 20 s: %s", what)
+		}
+		<-tick.C
+	}
+}
+
+// volume creates a volume and waits until it has groups.
+func (l *lab) volume(name string, size int64) meta.VolumeMeta {
+	l.t.Helper()
+	store := l.meta.Client()
+	var v meta.VolumeMeta
+	var err error
+	l.eventually("a volume can be created", func() bool {
+		v, err = meta.CreateVolume(l.ctx, store, meta.NewVolume{ID: block.NewUUID(), Name: name, SizeBytes: size, Replicas: min(3, len(l.nodes)) | 1})
+		return err == nil
+	})
+	l.eventually("the volume is ready", func() bool {
+		v, err = meta.GetVolume(l.ctx, store, v.ID)
+		return err == nil && v.State == meta.Ready
+	})
+	return v
+}
+
+// client speaks the protocol with one node at a time.
+type client struct {
+	l     *lab
+	loop  *loop.System
+	net   transport.Network
+	peers map[block.NodeID]transport.Peer
+	next  uint64
+	wait  map[uint64]chan answer
+	seqs  map[block.GroupID]block.OpSeq
+}
+
+type answer struct {
+	resp wire.Response
+	data []byte
+}
+
+func newClient(l *lab) *client {
+	c := &client{l: l, loop: loop.NewSystem(clock.System{}, loop.DefaultLimits), peers: map[block.NodeID]transport.Peer{},
+		wait: map[uint64]chan answer{}, seqs: map[block.GroupID]block.OpSeq{}}
+	c.net = l.fabric.Network("client", c.loop, transport.Identity{Hello: transport.Hello{Cluster: l.cluster}})
+	l.t.Cleanup(c.loop.Stop)
+	return c
+}
+
+// Receive implements transport.Handler.
+func (c *client) Receive(_ transport.Peer, m transport.Message) {
+	defer m.Release()
+	var a answer
+	if err := wire.DecodeResponse(m.Header, &a.resp); err != nil {
+		c.l.t.Error(err)
+		return
+	}
+	for _, p := range m.Payloads {
+		a.data = append(a.data, p.Bytes()...)
+	}
+	if ch := c.wait[a.resp.ID]; ch != nil {
+		delete(c.wait, a.resp.ID)
+		ch <- a
+	}
+}
+
+// Closed implements transport.Handler.
+func (c *client) Closed(transport.Peer, error) {}
+
+// ask sends one request to one node and returns its answer, ok=false if none came.
+func (c *client) ask(to block.NodeID, q wire.Request, data []byte) (answer, bool) {
+	ch := make(chan answer, 1)
+	c.loop.Post(func() {
+		c.next++
+		q.ID = c.next
+		c.wait[q.ID] = ch
+		p := c.peers[to]
+		if p == nil {
+			p = c.net.Dial(c.l.ctx, fmt.Sprintf("node%d", to), c)
+			c.peers[to] = p
+		}
+		m := transport.Message{Type: transport.TypeRequest, Header: wire.AppendRequest(nil, &q)}
+		if data != nil {
+			m.Payloads = []*payload.Buf{payload.Copy(data)}
+		}
+		p.Send(transport.Data, m)
+	})
+	select {
+	case a := <-ch:
+		return a, true
+	case <-time.After(2 * time.Second):
+		return answer{}, false
+	}
+}
+
+// must asks the nodes in turn until one answers with StatusOK.
+func (c *client) must(q wire.Request, data []byte) answer {
+	c.l.t.Helper()
+	var got answer
+	turn := 0
+	c.l.eventually(fmt.Sprintf("request of kind %d in group %d is answered", q.Kind, q.Group), func() bool {
+		m := c.l.nodes[turn%len(c.l.nodes)]
+		turn++
+		if m.loop == nil {
+			return false
+		}
+		a, ok := c.ask(m.id, q, data)
+		got = a
+		return ok && a.resp.Status == wire.StatusOK
+	})
+	return got
+}
+
+// attached is a volume that the client has fenced.
+type attached struct {
+	c      *client
+	v      meta.VolumeMeta
+	epoch  block.Epoch
+	tokens map[block.GroupID]block.Version
+}
+
+func (c *client) attach(v meta.VolumeMeta, epoch block.Epoch) *attached {
+	c.l.t.Helper()
+	a := &attached{c: c, v: v, epoch: epoch, tokens: map[block.GroupID]block.Version{}}
+	v.Epoch = epoch
+	for _, g := range v.Groups() {
+		got := c.must(wire.Request{Kind: wire.ReqPropose, Group: g, Layout: v.Layout, Command: wire.Command{
+			Type: wire.CmdFence, Cluster: c.l.cluster, Volume: v.ID, Epoch: epoch, Nonce: 7, Generation: v.Generation, Layout: v.Layout,
+			Size: v.SizeBytes, Settings: v.Settings, VolumeValue: meta.EncodeVolume(v)}}, nil)
+		if got.resp.Result.Outcome != wire.OutcomeApplied {
+			c.l.t.Fatalf("fence in group %d: %+v", g, got.resp.Result)
+		}
+		a.tokens[g] = got.resp.Result.Version
+		c.seqs[g] = 0
+	}
+	return a
+}
+
+func (a *attached) write(ch block.Chunk, at block.Index, data []byte) {
+	a.c.l.t.Helper()
+	g, _ := a.v.Group(ch)
+	a.c.seqs[g]++
+	seq := a.c.seqs[g]
+	got := a.c.must(wire.Request{Kind: wire.ReqPropose, Group: g, Layout: a.v.Layout, Command: wire.Command{
+		Type: wire.CmdWrite, Cluster: a.c.l.cluster, Volume: a.v.ID, Epoch: a.epoch, Nonce: 7, Generation: a.v.Generation, Layout: a.v.Layout,
+		OpSeq: seq, Floor: seq, Chunk: ch, Block: at, Count: uint16(len(data) / block.Size), PayloadBytes: uint32(len(data)),
+		CRCs: block.AppendCRCs(nil, data)}}, data)
+	if got.resp.Result.Outcome != wire.OutcomeApplied {
+		a.c.l.t.Fatalf("write of chunk %d: %+v", ch, got.resp.Result)
+	}
+	a.tokens[g] = max(a.tokens[g], got.resp.Result.Version)
+}
+
+func (a *attached) request(kind wire.RequestKind, ch block.Chunk) wire.Request {
+	g, _ := a.v.Group(ch)
+	return wire.Request{Kind: kind, Group: g, Layout: a.v.Layout, Volume: a.v.ID, Epoch: a.epoch, Nonce: 7,
+		Generation: block.GenerationLatest, Chunk: ch, ToChunk: ch + 1, Token: a.tokens[g]}
+}
+
+// read reads from one node, waiting until it has caught up.
+func (a *attached) read(from block.NodeID, ch block.Chunk, at block.Index, count uint16) []byte {
+	a.c.l.t.Helper()
+	q := a.request(wire.ReqRead, ch)
+	q.Block, q.Count = at, count
+	var got answer
+	a.c.l.eventually(fmt.Sprintf("node %d answers a read of chunk %d", from, ch), func() bool {
+		var ok bool
+		got, ok = a.c.ask(from, q, nil)
+		return ok && got.resp.Status == wire.StatusOK
+	})
+	if got.resp.Applied < q.Token {
+		a.c.l.t.Errorf("a view at %v answered a read with token %v", got.resp.Applied, q.Token)
+	}
+	var out []byte
+	data, crcs := got.data, got.resp.CRCs
+	for _, r := range got.resp.Runs {
+		n := int(r.Count) * block.Size
+		if r.State != block.Data {
+			out = append(out, make([]byte, n)...)
+			continue
+		}
+		for i, want := range block.AppendCRCs(nil, data[:n]) {
+			if crcs[i] != want {
+				a.c.l.t.Errorf("chunk %d: block %d of the answer fails its checksum", ch, i)
+			}
+		}
+		out, data, crcs = append(out, data[:n]...), data[n:], crcs[r.Count:]
+	}
+	return out
+}
+
+func pattern(seed, blocks int) []byte {
+	p := make([]byte, blocks*block.Size)
+	for i := range p {
+		p[i] = byte(i*7 + i/251 + seed*31)
+	}
+	return p
+}
+
+func TestThreeNodes(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, 3)
+	v := l.volume("demo", 64<<20)
+	c := newClient(l)
+	a := c.attach(v, 1)
+
+	want := map[block.Chunk][]byte{}
+	for ch := range block.Chunk(16) {
+		want[ch] = pattern(int(ch), 1+int(ch)*8)
+		a.write(ch, block.Index(ch), want[ch])
+	}
+	check := func(when string) {
+		t.Helper()
+		for ch, p := range want {
+			for _, m := range l.nodes {
+				if got := a.read(m.id, ch, block.Index(ch), uint16(len(p)/block.Size)); !bytes.Equal(got, p) {
+					t.Errorf("%s: chunk %d is wrong on node %d", when, ch, m.id)
+				}
+			}
+		}
+	}
+	check("after the writes")
+
+	q := a.request(wire.ReqMap, 3)
+	if got := c.must(q, nil).resp; len(got.Runs) != 1 || got.Runs[0].Block != 3 || got.Runs[0].Count != 25 || got.Covered != 4 {
+		t.Errorf("map of chunk 3: %+v", got)
+	}
+	if got := c.must(a.request(wire.ReqRecord, 3), nil).resp.Result.Record; got.Epoch != 1 || got.Nonce != 7 || got.Size != v.SizeBytes {
+		t.Errorf("record: %+v", got)
+	}
+
+	// One node after the other goes down in order and comes back; writes go on.
+	for i, m := range l.nodes {
+		m.stop()
+		for ch := range block.Chunk(8) {
+			want[ch] = pattern(100*(i+1)+int(ch), len(want[ch])/block.Size)
+			a.write(ch, block.Index(ch), want[ch])
+		}
+		m.start()
+		check(fmt.Sprintf("after node %d came back", m.id))
+	}
+
+	// A newer attachment: the old one neither reads nor writes.
+	b := c.attach(v, 2)
+	old := a.request(wire.ReqRead, 1)
+	old.Count, old.Token = 1, b.tokens[old.Group]
+	for _, m := range l.nodes {
+		l.eventually("the old attachment is fenced", func() bool {
+			got, ok := c.ask(m.id, old, nil)
+			return ok && got.resp.Status == wire.StatusFenced
+		})
+	}
+	a = b
+	check("after a new attachment")
+
+	l.eventually("checkpoints truncate the logs", func() bool {
+		for _, m := range l.nodes {
+			s, _ := node.Snapshot(m.loop, m.node)
+			for _, r := range s.Replicas {
+				if r.LogFirst <= 11 && r.Applied > 12 {
+					return false
+				}
+			}
+		}
+		return true
+	})
+}
+
+// A replica that was acknowledged and is not on its disk is lost, never made again.
+func TestLostReplica(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, 3)
+	v := l.volume("demo", 16<<20)
+	c := newClient(l)
+	a := c.attach(v, 1)
+	a.write(0, 0, pattern(1, 4))
+
+	m := l.nodes[1]
+	m.stop()
+	if err := os.RemoveAll(m.dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(m.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	m.start() // with a new disk: its id is another one
+	a.write(0, 0, pattern(2, 4))
+	if got := a.read(1, 0, 0, 4); !bytes.Equal(got, pattern(2, 4)) {
+		t.Error("the group of two does not serve")
+	}
+	s, _ := node.Snapshot(m.loop, m.node)
+	if len(s.Replicas) != 0 {
+		t.Errorf("a wiped node made replicas again: %+v", s.Replicas)
+	}
+}
+
+func TestSingleNode(t *testing.T) {
+	t.Parallel()
+	l := newLab(t, 1)
+	v := l.volume("solo", 16<<20)
+	c := newClient(l)
+	a := c.attach(v, 1)
+	p := pattern(5, 256)
+	a.write(2, 17, p)
+	l.nodes[0].stop()
+	l.nodes[0].start()
+	if got := a.read(1, 2, 17, 256); !bytes.Equal(got, p) {
+		t.Error("a restart changed the data")
+	}
+}
