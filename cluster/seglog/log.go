@@ -174,6 +174,7 @@ func (l *Log) Close(done func(error)) {
 	}
 	l.w.closing = done
 	l.pumpLater()
+	l.collect()
 }
 
 // closeFiles ends a closed log, once nothing is in flight.
@@ -229,6 +230,7 @@ func (l *Log) fail(err error) {
 		if l.opt.Failed != nil {
 			l.opt.Failed(l.err)
 		}
+		l.collect()
 		l.pump()
 	})
 }

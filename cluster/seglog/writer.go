@@ -52,8 +52,8 @@ type part struct {
 
 // moveBatch is survivors to be written, with their payload.
 type moveBatch struct {
-	moves []Move
-	buf   *payload.Buf // their payloads, one after the other
+	moves   []Move
+	payload []byte // one after the other, aligned
 	// done is called on the Loop when all are durable, with To set.
 	done func(error)
 }
@@ -476,7 +476,7 @@ func (l *Log) layMoves(s *segment) bool {
 	for i := range m.moves {
 		area += moveBytes + 4*len(m.moves[i].CRCs)
 	}
-	blocks := uint32(m.buf.Len() / block.Size)
+	blocks := uint32(len(m.payload) / block.Size)
 	if blocksOf(area)+blocks > l.room(s) {
 		return false
 	}
@@ -495,7 +495,7 @@ func (l *Log) layMoves(s *segment) bool {
 		m.moves[i].To = Location{s.id, uint16(at)}
 		at += uint32(len(m.moves[i].CRCs))
 	}
-	r.bufs = append(r.bufs, m.buf.Bytes())
+	r.bufs = append(r.bufs, m.payload)
 	r.move = m
 	return true
 }
