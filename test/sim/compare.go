@@ -1,0 +1,111 @@
+package sim
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"firn.io/firn/cluster/meta"
+	"firn.io/firn/cluster/node"
+	"firn.io/firn/internal/block"
+)
+
+// compare waits until all replicas have applied the same, and checks that they
+// show the same, that what they show is live on their disks, and that nothing
+// keeps what it should let go.
+func (c *Cluster) compare(r *Report, v meta.VolumeMeta) error {
+	if !c.runUntil(settleLimit, c.settled) {
+		return fmt.Errorf("the replicas do not come together within %v\n%s", settleLimit, c.state())
+	}
+	first := map[block.GroupID]node.Digest{}
+	for _, s := range c.nodes {
+		digests, err := s.node.Digests()
+		if err != nil {
+			return fmt.Errorf("%s: digest: %w", nodeName(s.id), err)
+		}
+		for _, d := range digests {
+			other, known := first[d.Group]
+			if !known {
+				first[d.Group] = d
+				continue
+			}
+			r.Digests++
+			if other != d {
+				return fmt.Errorf("group %d shows %016x at %v on %s, and %016x at %v elsewhere", d.Group, d.Sum, d.Applied, nodeName(s.id), other.Sum, other.Applied)
+			}
+		}
+	}
+	// What was overwritten and hidden is let go of by checkpoints and the reaper.
+	var readable, live int64
+	var err error
+	let := func() bool {
+		readable, live, err = c.live(v)
+		return err != nil || readable == live
+	}
+	for range int(settleLimit / time.Second) {
+		if let() {
+			break
+		}
+		c.runFor(time.Second)
+	}
+	r.Readable, r.Live = readable, live
+	if err == nil && readable != live {
+		err = fmt.Errorf("%d blocks are live and only %d can be read, %v after the last write\n%s", live, readable, settleLimit, c.state())
+	}
+	return err
+}
+
+// live counts over all nodes and checks that what can be read is live.
+func (c *Cluster) live(v meta.VolumeMeta) (readable, live int64, err error) {
+	chunks := block.Chunk((v.SizeBytes + block.ChunkBytes - 1) / block.ChunkBytes)
+	for _, s := range c.nodes {
+		r, l, err := s.node.CheckLive(chunks)
+		if err != nil {
+			return 0, 0, fmt.Errorf("%s: %w", nodeName(s.id), err)
+		}
+		readable, live = readable+r, live+l
+	}
+	return readable, live, nil
+}
+
+// settled tells whether all nodes are up and all replicas of each group have
+// applied the same entries.
+func (c *Cluster) settled() bool {
+	applied := map[block.GroupID]uint64{}
+	for _, s := range c.nodes {
+		if !s.running() || !s.node.Ready() {
+			return false
+		}
+		for _, r := range s.node.Status().Replicas {
+			if !r.Open || r.Failed != "" {
+				return false
+			}
+			if was, known := applied[r.Group]; known && was != r.Applied {
+				return false
+			}
+			applied[r.Group] = r.Applied
+		}
+	}
+	return true
+}
+
+// state describes the nodes, for a run that is stuck.
+func (c *Cluster) state() string {
+	var b strings.Builder
+	for _, s := range c.nodes {
+		if !s.running() {
+			fmt.Fprintf(&b, "%s is down\n", nodeName(s.id))
+			continue
+		}
+		st := s.node.Status()
+		fmt.Fprintf(&b, "%s: registered %v, lease %v, counters %+v\n", nodeName(s.id), st.Registered, st.Lease, st.Counters)
+		for _, d := range st.Disks {
+			fmt.Fprintf(&b, "  disk %+v\n", d)
+		}
+		for _, r := range st.Replicas {
+			fmt.Fprintf(&b, "  group %d replica %d: open %v %s, leads %v, leader %d, term %d, applied %d of %d, durable %d, log %d..%d\n", r.Group, r.Replica,
+				r.Open, r.Failed, r.Leading, r.Leader, r.Term, r.Applied, r.Committed, r.DurablyApplied, r.LogFirst, r.LogLast)
+		}
+	}
+	return b.String()
+}
