@@ -41,7 +41,7 @@ func (in *input) buffered() int { return in.w - in.r }
 // before the first of them.
 func (in *input) peek(n int) ([]byte, error) {
 	if in.buffered() < n {
-		if err := in.fill(n); err != nil {
+		if err := in.fill(n, in.buffered() > 0); err != nil {
 			return nil, err
 		}
 	}
@@ -50,7 +50,9 @@ func (in *input) peek(n int) ([]byte, error) {
 
 func (in *input) discard(n int) { in.r += n }
 
-func (in *input) fill(n int) error {
+// fill makes n bytes available; within says that they belong to a message that
+// has begun.
+func (in *input) fill(n int, within bool) error {
 	if in.r == in.w {
 		in.r, in.w = 0, 0
 	} else if in.r+n > len(in.buf) {
@@ -58,10 +60,11 @@ func (in *input) fill(n int) error {
 		in.r = 0
 	}
 	for in.buffered() < n {
-		got, err := in.read(in.buf[in.w:], in.buffered() > 0)
+		got, err := in.read(in.buf[in.w:], within)
 		in.w += got
+		within = within || got > 0
 		if err != nil && in.buffered() < n {
-			if err == io.EOF && in.buffered() > 0 {
+			if err == io.EOF && within {
 				err = io.ErrUnexpectedEOF
 			}
 			return err
@@ -91,7 +94,7 @@ func (in *input) full(p []byte) error {
 func (in *input) skip(n int) error {
 	for n > 0 {
 		if in.buffered() == 0 {
-			if err := in.fill(1); err != nil {
+			if err := in.fill(1, true); err != nil {
 				return err
 			}
 		}

@@ -27,7 +27,9 @@ type Options struct {
 	// the server stops reading. At least, and by default, 64 MiB.
 	ConnectionBytes int64
 	// TotalBytes bounds the payload in flight on all connections, beside the
-	// 1 MiB that each may always have. At least 64 MiB; 256 MiB.
+	// 1 MiB that each may always have. While clients that read no replies hold
+	// all of it, until StallTimeout, others go on within their 1 MiB. At least
+	// 64 MiB; 256 MiB.
 	TotalBytes int64
 	// Workers bounds the calls to a Backend in flight for one connection. 128.
 	Workers int

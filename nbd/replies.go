@@ -111,6 +111,9 @@ func (w *replies) write() error {
 			rest = rest[1:]
 		}
 		w.space = w.vec
+		if n == 0 {
+			continue
+		}
 		// Moving the deadline costs more than looking at the time.
 		if now := w.now(); w.deadline.Sub(now) < w.stall/2 {
 			w.deadline = now.Add(w.stall)

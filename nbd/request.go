@@ -21,9 +21,10 @@ type request struct {
 	// chunked reads send each piece as a chunk of its own.
 	chunked bool
 
-	mu     sync.Mutex
-	err    error
-	states []wire.State
+	mu        sync.Mutex
+	err       error
+	abandoned bool
+	states    []wire.State
 
 	head []byte
 	data bool
@@ -47,7 +48,7 @@ var requests = sync.Pool{New: func() any { return new(request) }}
 func newRequest(s *session, r wire.Request, n int) *request {
 	q := requests.Get().(*request)
 	q.s, q.Request = s, r
-	q.chunked, q.data, q.err, q.states = false, false, nil, nil
+	q.chunked, q.data, q.abandoned, q.err, q.states = false, false, false, nil, nil
 	if cap(q.pieces) < n {
 		q.pieces = make([]piece, 0, n)
 	}
@@ -190,6 +191,9 @@ func (q *request) reply() {
 	s := q.s
 	structured := s.structured && (q.Command == wire.CmdRead || q.Command == wire.CmdBlockStatus)
 	switch {
+	case q.abandoned:
+		// It still follows its chunks through the writer, which end before it.
+		q.head = q.head[:0]
 	case q.err != nil:
 		e := errnoOf(q.err, q.Command, q.Flags)
 		s.count.failed(e)
@@ -234,8 +238,11 @@ func (q *request) replyRead() {
 }
 
 func (q *request) segments(dst net.Buffers) net.Buffers {
+	if len(q.head) > 0 {
+		dst = append(dst, q.head)
+	}
 	if !q.data {
-		return append(dst, q.head)
+		return dst
 	}
 	for i := range q.pieces {
 		dst = append(dst, q.pieces[i].buf.wire())

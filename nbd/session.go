@@ -327,9 +327,11 @@ func (s *session) write(r wire.Request) error {
 }
 
 // abandon gives up the pieces that q will never get, because its connection is
-// over; the last of the others ends it.
+// over; the last of the others ends it, without an answer.
 func (s *session) abandon(q *request, err error) error {
-	q.fail(err)
+	q.mu.Lock()
+	q.abandoned = true
+	q.mu.Unlock()
 	q.done(q.planned - len(q.pieces))
 	return err
 }

@@ -264,7 +264,7 @@ func (c *Conn) Close() error {
 	if err == nil {
 		<-c.over
 	}
-	if closeErr := c.nc.Close(); err == nil {
+	if closeErr := c.nc.Close(); err == nil && !errors.Is(closeErr, net.ErrClosed) {
 		err = closeErr
 	}
 	return err
