@@ -5,7 +5,6 @@ import (
 	"testing"
 
 	pb "go.etcd.io/raft/v3/raftpb"
-	"google.golang.org/protobuf/proto"
 
 	"firn.io/firn/cluster/wire"
 	"firn.io/firn/internal/block"
@@ -37,7 +36,7 @@ func TestMessagesRoundTrip(t *testing.T) {
 	for _, m := range messages() {
 		b := appendMessage(nil, 77, m)
 		g, got, with, err := decodeMessage(b)
-		if err != nil || g != 77 || !proto.Equal(got, m) {
+		if err != nil || g != 77 || got.String() != m.String() {
 			t.Fatalf("%v\nbecame, with error %v, group %d\n%v", m, err, g, got)
 		}
 		for i, e := range m.GetEntries() {
@@ -108,7 +107,7 @@ func FuzzMessage(f *testing.F) {
 		}
 		// What decodes must encode to what decodes the same.
 		_, again, _, err := decodeMessage(appendMessage(nil, g, m))
-		if err != nil || !proto.Equal(again, m) {
+		if err != nil || again.String() != m.String() {
 			t.Fatalf("%v then %v, %v", m, again, err)
 		}
 	})
