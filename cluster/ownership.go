@@ -1,0 +1,149 @@
+package cluster
+
+import (
+	"firn.io/firn/cluster/meta"
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/loop"
+)
+
+// refuted is called when a group has answered that another epoch, or none, is
+// installed there. Content operations wait from now on. Either the metadata
+// store has a newer owner, then the attachment is over; or it knows nothing of
+// one (it was restored from a backup, and what was fenced there is not in it):
+// then this attachment takes a new epoch, and what is pending is sent anew.
+func (a *Attachment) refuted() {
+	if a.over != nil {
+		return
+	}
+	a.contested = true
+	a.checkOwner()
+}
+
+// checkOwner finds out whether the volume is still this attachment's, and writes
+// its owner key again if that is gone with a lease. While the store does not
+// answer, it tries on; I/O goes on meanwhile (F4).
+func (a *Attachment) checkOwner() {
+	if a.checking {
+		a.checkAgain = true
+		return
+	}
+	if a.over != nil {
+		return
+	}
+	c := a.client
+	lease := c.lease
+	if lease == 0 {
+		return // granted checks every attachment
+	}
+	a.checking, a.checkAgain = true, false
+	ctx, owner := c.ctx, a.owner
+	var err error
+	c.loop.Do(loop.Meta, func() {
+		err = meta.ReattachOwner(ctx, c.cfg.Store, a.vol.ID, owner, lease)
+		err = notTheLease(ctx, c.cfg.Store, a.vol.ID, err)
+	}, func() {
+		a.checking = false
+		if a.over != nil || ctx.Err() != nil {
+			return
+		}
+		switch {
+		case err == nil:
+			a.lease = lease
+			if a.contested {
+				a.retake()
+				return
+			}
+			if a.checkAgain {
+				a.checkOwner()
+			}
+		case block.KindOf(err) == block.Fenced, block.KindOf(err) == block.NotFound && a.contested:
+			a.lost(block.Wrap(block.Fenced, err, "volume %q is not attached here any more", a.vol.Name))
+		default:
+			c.loop.After(metaRetry, a.checkOwner)
+		}
+	})
+}
+
+// retake takes a new epoch while the owner key is still this attachment's.
+func (a *Attachment) retake() {
+	c := a.client
+	a.paused, a.checking = true, true
+	ctx, seen := c.ctx, a.owner.Epoch
+	var got meta.Acquired
+	var err error
+	c.loop.Do(loop.Meta, func() { got, err = meta.RaiseEpoch(ctx, c.cfg.Store, a.vol.ID, a.owner.Nonce, seen) }, func() {
+		a.checking = false
+		if a.over != nil || ctx.Err() != nil {
+			return
+		}
+		if err != nil {
+			c.log.Warn("new epoch was not given", "volume", a.vol.Name, "why", err)
+			c.loop.After(metaRetry, a.checkOwner)
+			return
+		}
+		a.refence(got)
+	})
+}
+
+// refence installs the new epoch and sends what is pending under it.
+func (a *Attachment) refence(got meta.Acquired) {
+	c := a.client
+	a.checking = true
+	a.owner.Epoch = got.Owner.Epoch
+	a.vol.Epoch = got.Owner.Epoch
+	c.fenceAll(c.ctx, a.vol, a.owner, func(f fencing) {
+		a.checking = false
+		switch {
+		case a.over != nil:
+		case f.err != nil || f.refused:
+			// A later epoch than the store knew: ask again who owns the volume.
+			if f.err != nil {
+				c.log.Warn("fence failed", "volume", a.vol.Name, "why", f.err)
+			}
+			a.owner.Epoch = max(a.owner.Epoch, f.seen)
+			c.loop.After(metaRetry, a.checkOwner)
+		default:
+			a.contested, a.paused = false, false
+			for _, s := range a.streams {
+				s.withdraw()
+				s.raise(f.tokens[s.group.id])
+				s.reissue()
+			}
+		}
+	})
+}
+
+// refresh reads the volume's layout again, after a node has said that it changed.
+func (a *Attachment) refresh() {
+	if a.refreshing || a.over != nil {
+		return
+	}
+	a.refreshing = true
+	c := a.client
+	ctx := c.ctx
+	var v meta.VolumeMeta
+	var err error
+	c.loop.Do(loop.Meta, func() { v, err = meta.GetVolume(ctx, c.cfg.Store, a.vol.ID) }, func() {
+		a.refreshing = false
+		if err == nil && a.over == nil {
+			a.refreshed(v)
+		}
+	})
+}
+
+// refreshed takes over what the attachment does not decide itself: the name and
+// the layout.
+func (a *Attachment) refreshed(v meta.VolumeMeta) {
+	if v.Layout > a.vol.Layout {
+		a.vol.Layout = v.Layout
+		if len(v.Spans) >= len(a.vol.Spans) {
+			a.vol.Spans = v.Spans
+			a.lay()
+		}
+	}
+	a.vol.WantBytes = v.WantBytes
+	if v.Name != a.vol.Name && v.State == meta.Ready {
+		a.vol.Name = v.Name
+		a.changed()
+	}
+}
