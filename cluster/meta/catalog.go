@@ -29,6 +29,17 @@ func attempt(ctx context.Context, what string, try func() (done bool, err error)
 	return block.Errorf(block.Unavailable, "%s: others change the same keys all the time", what)
 }
 
+// leased runs a transaction whose Puts hang on a lease. The store reports a
+// lease that has ended as NotFound; to callers of the catalog it is a passing
+// state, since their sessions get another one.
+func leased(ctx context.Context, s Store, t Txn) (TxnResult, error) {
+	r, err := s.Txn(ctx, t)
+	if err != nil && block.KindOf(err) == block.NotFound {
+		err = block.Wrap(block.Unavailable, err, "the lease of this process has ended")
+	}
+	return r, err
+}
+
 // InitCluster writes the cluster's id if there is none yet, and returns the one
 // that stands: that of whoever came first.
 func InitCluster(ctx context.Context, s Store, id block.ClusterID) (ClusterMeta, error) {

@@ -28,7 +28,7 @@ func errDeposed(what string) error {
 // another is. nonce is new for each campaign that may have failed.
 func Campaign(ctx context.Context, s Store, node block.NodeID, nonce uint64, lease LeaseID) (g Guard, won bool, err error) {
 	value := encode(Leader{V: Format, Node: node, Nonce: nonce})
-	r, err := s.Txn(ctx, Txn{
+	r, err := leased(ctx, s, Txn{
 		If:   []Cond{Absent(ElectionKey)},
 		Then: []Op{Put(ElectionKey, value, lease), Read(ElectionKey)},
 		Else: []Op{Read(ElectionKey)},

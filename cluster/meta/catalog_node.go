@@ -78,7 +78,7 @@ func RegisterNode(ctx context.Context, s Store, r Registration, lease LeaseID) (
 			t.If = append(t.If, Unchanged(counter))
 			t.Then = append(t.Then, Put(GroupCounterKey, encodeCounter(uint64(r.HighestGroup)), 0))
 		}
-		res, err := s.Txn(ctx, t)
+		res, err := leased(ctx, s, t)
 		return res.Succeeded, err
 	})
 	return out, err
@@ -175,7 +175,7 @@ func RegisterGateway(ctx context.Context, s Store, g GatewayMeta, lease LeaseID)
 				return false, block.Errorf(block.Busy, "gateway %q is running already, at %s: give this one another id, or stop that one and wait %v", g.ID, old.Addr, OwnerTTL)
 			}
 		}
-		r, err := s.Txn(ctx, Txn{If: []Cond{Unchanged(kv)}, Then: []Op{Put(kv.Key, encode(g), lease)}})
+		r, err := leased(ctx, s, Txn{If: []Cond{Unchanged(kv)}, Then: []Op{Put(kv.Key, encode(g), lease)}})
 		return r.Succeeded, err
 	})
 }

@@ -25,7 +25,7 @@ type Acquired struct {
 // A key of the same gateway id whose Boot and Folder are those of o is replaced
 // at once: the caller holds that folder's lock, so the older process is dead.
 // Busy, naming the owner, while another owns it. Unavailable while the volume is
-// being created.
+// being created, and when the lease has ended.
 func AcquireOwner(ctx context.Context, s Store, id block.VolumeID, o OwnerMeta, lease LeaseID) (Acquired, error) {
 	if o.Nonce == 0 || lease == 0 {
 		return Acquired{}, block.Errorf(block.Internal, "volume %s is to be attached without a nonce or a lease", id)
@@ -61,9 +61,10 @@ func AcquireOwner(ctx context.Context, s Store, id block.VolumeID, o OwnerMeta, 
 			}
 		}
 		v.Epoch++
+		v.Holder = o.Nonce
 		o.V, o.Epoch = Format, v.Epoch
 		out = Acquired{Volume: v, Owner: o, Wait: v.Forced}
-		r, err := s.Txn(ctx, Txn{
+		r, err := leased(ctx, s, Txn{
 			If:   []Cond{Unchanged(kv), Unchanged(ownerKV)},
 			Then: []Op{Put(kv.Key, EncodeVolume(v), 0), Put(ownerKV.Key, encode(o), lease)},
 		})
@@ -105,10 +106,10 @@ func RaiseEpoch(ctx context.Context, s Store, id block.VolumeID, nonce block.Non
 			return true, nil
 		}
 		v.Epoch = max(v.Epoch, seen) + 1
-		v.Forced = true
+		v.Forced, v.Holder = true, nonce
 		o.Epoch = v.Epoch
 		out = Acquired{Volume: v, Owner: o, Wait: true}
-		r, err := s.Txn(ctx, Txn{
+		r, err := leased(ctx, s, Txn{
 			If:   []Cond{Unchanged(kv), Unchanged(ownerKV)},
 			Then: []Op{Put(kv.Key, EncodeVolume(v), 0), Put(ownerKV.Key, encode(o), ownerKV.Lease)},
 		})
@@ -146,9 +147,10 @@ func owned(ctx context.Context, s Store, id block.VolumeID, nonce block.Nonce) (
 
 // ReattachOwner writes the owner key of a living attachment again, under a new
 // lease, after the old lease was lost (etcd was away, or was restored) and while
-// no other has taken the volume: the key must be absent and the epoch in the
-// store not above the attachment's. Fenced otherwise. The attachment keeps its
-// epoch and nonce: nothing was fenced in the groups.
+// no other has taken the volume: the key must be absent or the caller's, and the
+// epoch in the store not above the attachment's, unless a call of RaiseEpoch
+// whose answer was lost raised it. Fenced otherwise. Nothing was fenced in the
+// groups: the attachment goes on with its epoch and nonce.
 func ReattachOwner(ctx context.Context, s Store, id block.VolumeID, o OwnerMeta, lease LeaseID) error {
 	o.V = Format
 	return attempt(ctx, "attach the volume again", func() (bool, error) {
@@ -165,11 +167,12 @@ func ReattachOwner(ctx context.Context, s Store, id block.VolumeID, o OwnerMeta,
 				return false, err
 			}
 		}
-		if v.Epoch > o.Epoch || v.State != Ready {
+		if v.Epoch > o.Epoch && v.Holder != o.Nonce || v.State != Ready {
 			return false, block.Errorf(block.Fenced, "volume %q was attached elsewhere, or deleted, since", v.Name)
 		}
-		v.Epoch = o.Epoch
-		r, err := s.Txn(ctx, Txn{
+		v.Epoch = max(v.Epoch, o.Epoch)
+		v.Holder, o.Epoch = o.Nonce, v.Epoch
+		r, err := leased(ctx, s, Txn{
 			If:   []Cond{Unchanged(kv), Unchanged(ownerKV)},
 			Then: []Op{Put(ownerKV.Key, encode(o), lease), Put(kv.Key, EncodeVolume(v), 0)},
 		})
@@ -216,7 +219,7 @@ func ForceOwner(ctx context.Context, s Store, id block.VolumeID) (OwnerMeta, err
 		if out, err = DecodeOwner(ownerKV); err != nil {
 			return false, err
 		}
-		v.Forced = true
+		v.Forced, v.Holder = true, 0
 		v.Epoch++
 		r, err := s.Txn(ctx, Txn{
 			If:   []Cond{Unchanged(kv), Unchanged(ownerKV)},

@@ -409,6 +409,32 @@ func TestARestoredStoreHandsOutNoOldEpoch(t *testing.T) {
 	}
 }
 
+// TestAnAttachmentComesBackAfterALostRaise: RaiseEpoch happened and its answer
+// was lost, then the lease too.
+func TestAnAttachmentComesBackAfterALostRaise(t *testing.T) {
+	f := newFixture(t, 1)
+	v := f.ready("demo")
+	first := f.lease(time.Hour)
+	a, err := meta.AcquireOwner(ctx, f.s, v.ID, owner("g1", 1), first)
+	f.ok(err)
+	_, err = meta.RaiseEpoch(ctx, f.s, v.ID, 1, 5)
+	f.ok(err)
+	f.ok(meta.ReattachOwner(ctx, f.s, v.ID, a.Owner, first))
+	f.ok(f.s.Revoke(ctx, first))
+	f.want(meta.ReattachOwner(ctx, f.s, v.ID, a.Owner, first), block.Unavailable, "lease")
+	f.ok(meta.ReattachOwner(ctx, f.s, v.ID, a.Owner, f.lease(time.Hour)))
+	b, err := meta.RaiseEpoch(ctx, f.s, v.ID, 1, a.Owner.Epoch)
+	f.ok(err)
+	if b.Owner.Epoch != 6 || b.Volume.Epoch != 6 {
+		t.Fatalf("%+v", b)
+	}
+	f.ok(meta.ReleaseOwner(ctx, f.s, v.ID, 1))
+	_, err = meta.AcquireOwner(ctx, f.s, v.ID, owner("g2", 2), f.lease(time.Hour))
+	f.ok(err)
+	f.ok(meta.ReleaseOwner(ctx, f.s, v.ID, 2))
+	f.want(meta.ReattachOwner(ctx, f.s, v.ID, b.Owner, f.lease(time.Hour)), block.Fenced, "elsewhere")
+}
+
 func TestDeleteVolume(t *testing.T) {
 	f := newFixture(t, 1)
 	v := f.ready("demo")

@@ -260,7 +260,7 @@ func DeleteVolume(ctx context.Context, s Store, name string) (VolumeMeta, error)
 		if err := checkOwner(v, owner, 0); err != nil {
 			return false, err
 		}
-		v.State, v.Waiting, v.WantBytes = Deleting, "", 0
+		v.State, v.Waiting, v.WantBytes, v.Holder = Deleting, "", 0, 0
 		v.Epoch++
 		v.Settings++
 		out = v

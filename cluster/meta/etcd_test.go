@@ -39,7 +39,7 @@ func TestEtcdInTheProcess(t *testing.T) {
 	}
 	defer etcd.Close()
 	<-etcd.Server.ReadyNotify()
-	open := func(*testing.T) meta.Store { return meta.NewEtcd(v3client.New(etcd.Server), "the embedded one") }
+	open := func(*testing.T) meta.Store { return meta.WrapEtcd(v3client.New(etcd.Server), "the embedded one") }
 	metatest.Run(t, onSystem(l, open))
 	u, err := open(t).(*meta.Etcd).Usage(context.Background())
 	if err != nil || u.Bytes == 0 || u.Alarm() {

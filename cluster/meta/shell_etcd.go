@@ -89,14 +89,6 @@ func WrapEtcd(client *clientv3.Client, names string) *Etcd {
 	return e
 }
 
-// NewEtcd makes a store of a client that exists: that of an etcd in the same
-// process (v3client.New). name is what error texts call it. Close closes the client.
-func NewEtcd(client *clientv3.Client, name string) *Etcd {
-	e := &Etcd{client: client, names: name}
-	e.ctx, e.cancel = context.WithCancel(context.Background())
-	return e
-}
-
 // fail gives an error of the client its kind. outer is the caller's context.
 func (e *Etcd) fail(outer context.Context, err error, what string) error {
 	switch {

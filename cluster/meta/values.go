@@ -52,6 +52,9 @@ type VolumeMeta struct {
 	State VolumeState `json:"state"`
 	// Waiting says, for people, what a volume that is not ready waits for.
 	Waiting string `json:"waiting,omitempty"`
+	// Holder is the nonce of the last owner, for as long as nobody took the
+	// volume from it: it may write its owner key again. 0: nobody may.
+	Holder block.Nonce `json:"holder,omitempty,string"`
 	// Forced is set when an owner was removed by force, until a later owner has
 	// waited for a lease's time before it exported (F3).
 	Forced bool `json:"forced,omitempty"`
