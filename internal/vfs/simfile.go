@@ -290,14 +290,13 @@ func (f *simFile) WriteAtv(bufs [][]byte, off int64) (int, error) {
 	if f.readOnly {
 		return 0, block.Errorf(block.Denied, "write %s: opened for reading", f.name)
 	}
+	dead := f.s.dead
 	err := f.begin(Call{Op: OpWrite, Off: off, Len: total})
-	if err == nil {
-		err = f.grow(off + int64(total))
-	} else if f.s.dead != err {
+	if err != nil && (dead != nil || f.s.dead == nil) {
 		return 0, err
 	}
-	if err != nil && f.s.dead == nil {
-		return 0, err
+	if full := f.grow(off + int64(total)); full != nil {
+		return 0, full
 	}
 	// A write that the loss of power cuts short is in the cache like any other:
 	// the crash decides on each of its sectors.
