@@ -43,8 +43,6 @@ const (
 	extentMoved = 1 << 1 // by a move: it may be older than what lower layers hold
 )
 
-func (e *extent) mask() uint16 { return 1<<e.count - 1 }
-
 func (e *extent) zero() bool { return e.flags&extentZero != 0 }
 
 // overlap returns the blocks of e that [first, first+count) covers, relative to e.
@@ -102,8 +100,8 @@ func (c *chunkDelta) search(b uint16) int {
 // what it hides. dead is called for blocks of local extents that no view can
 // see any more, with bits relative to the extent; they leave the delta. e.live
 // has its blocks that may be seen; insert clears those that are hidden already.
-// It returns whether e was added.
-func (c *chunkDelta) insert(e extent, crcs []uint32, keep *retention, dead func(*extent, uint16)) bool {
+// It returns e.live as it is then; 0 if e was not added.
+func (c *chunkDelta) insert(e extent, crcs []uint32, keep *retention, dead func(*extent, uint16)) uint16 {
 	base := e.block &^ (cellBlocks - 1)
 	lo := c.search(base)
 	end := lo
@@ -139,17 +137,33 @@ func (c *chunkDelta) insert(e extent, crcs []uint32, keep *retention, dead func(
 	}
 	if e.live == 0 {
 		c.extents = slices.Delete(c.extents, put, end)
-		return false
+		return 0
 	}
 	c.addCRCs(&e, crcs)
 	if put == end {
 		c.extents = slices.Insert(c.extents, pos, e)
-		return true
+		return e.live
 	}
 	copy(c.extents[pos+1:put+1], c.extents[pos:put])
 	c.extents[pos] = e
 	c.extents = slices.Delete(c.extents, put+1, end)
-	return true
+	return e.live
+}
+
+// drop removes the extents for which hidden is true; dead is called as by insert.
+func (c *chunkDelta) drop(hidden func(*extent) bool, dead func(*extent, uint16)) {
+	c.extents = slices.DeleteFunc(c.extents, func(e extent) bool {
+		if !hidden(&e) {
+			return false
+		}
+		if !e.zero() {
+			dead(&e, e.live)
+			if e.count > 1 {
+				c.waste += int(e.count)
+			}
+		}
+		return true
+	})
 }
 
 func (c *chunkDelta) addCRCs(e *extent, crcs []uint32) {

@@ -167,17 +167,17 @@ func (r *Replica) touch(v *volume, c block.Chunk) *chunkDelta {
 // add puts an extent into the delta and sets its live bits.
 func (r *Replica) add(v *volume, d *chunkDelta, e extent, crcs []uint32) {
 	before := d.bytes()
-	added := d.insert(e, crcs, &v.retained, func(x *extent, mask uint16) {
+	live := d.insert(e, crcs, &v.retained, func(x *extent, mask uint16) {
 		v.delta.blocks -= int64(r.db.live.clear(x.segment, x.at, mask))
 	})
 	r.bytes += d.bytes() - before
-	if !added {
+	if live == 0 {
 		return
 	}
 	r.updates++
 	if !e.zero() {
-		r.db.live.set(e.segment, e.at, e.live)
-		v.delta.blocks += blocksIn(e.live)
+		r.db.live.set(e.segment, e.at, live)
+		v.delta.blocks += blocksIn(live)
 	}
 }
 
