@@ -323,3 +323,43 @@ func TestLogThatLostAppliedStartsAnew(t *testing.T) {
 		t.Errorf("the log starts at %d, not above applied %d", d.first, d.checkpoint.applied.Index)
 	}
 }
+
+func TestVotesAreDurableBeforeTheyCount(t *testing.T) {
+	for seed := range uint64(20) {
+		c := newCluster(t, 200+seed, 3, 1, raftgroup.Limits{})
+		p := c.elect(1)
+		term, votes := p.host.Group(1).Term(), 0
+		for _, q := range c.procs {
+			if h := q.disks[1].hard; h.Term == term && h.Vote == uint64(p.id) {
+				votes++
+			}
+		}
+		if votes < 2 {
+			t.Fatalf("seed %d: a leader of term %d with %d votes on disk", seed, term, votes)
+		}
+	}
+}
+
+func TestReadWaitsForApply(t *testing.T) {
+	c := newCluster(t, 14, 3, 1, raftgroup.Limits{})
+	p := c.elect(1)
+	c.ok(c.propose(p, 1, 1))
+	// The leader's own disk does not answer: the others commit, it cannot apply.
+	p.logs[1].stuck = true
+	c.propose(p, 1, 1)
+	g := p.host.Group(1)
+	c.until("a commit ahead of apply", 200*time.Millisecond, func() bool { return g.Committed() > g.Applied().Index })
+	var index uint64
+	var ok, done bool
+	p.loop.Post(func() { g.ReadIndex(func(i uint64, k bool) { index, ok, done = i, k, true }) })
+	c.world.RunFor(150 * time.Millisecond)
+	if done {
+		t.Fatalf("a read was confirmed (%v) at %d, applied is %d", ok, index, g.Applied().Index)
+	}
+	p.logs[1].stuck = false
+	p.loop.Post(p.logs[1].pump)
+	c.until("the read", 100*time.Millisecond, func() bool { return done })
+	if !ok || g.Applied().Index < index {
+		t.Fatalf("ok %v, index %d, applied %d", ok, index, g.Applied().Index)
+	}
+}
