@@ -2,6 +2,7 @@ package coordinator_test
 
 import (
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -261,7 +262,11 @@ func TestACrashAtEveryStep(t *testing.T) {
 // TestFaultsEverywhere: nodes are killed, paused and cut off, the store goes
 // away, calls fail before and after they were done; then all is well again.
 func TestFaultsEverywhere(t *testing.T) {
-	for seed := range uint64(60) {
+	seeds := uint64(60)
+	if os.Getenv("FIRN_TEST_LONG") != "" {
+		seeds = 3000
+	}
+	for seed := range seeds {
 		c := newCluster(t, 1000+seed, 3)
 		c.deleteFails = 20
 		r := c.world.Rand()
