@@ -77,6 +77,7 @@ type Client struct {
 	log  *slog.Logger
 
 	ctx     context.Context // of Start: bounds calls of the metadata store
+	stopped signal          // given by Stop
 	cancel  context.CancelFunc
 	session *meta.Session
 	lease   meta.LeaseID // that the gateway is registered under
@@ -132,7 +133,7 @@ func New(cfg Config) *Client {
 	if cfg.OwnerAddr == "" {
 		cfg.OwnerAddr = cfg.Gateway.Addr
 	}
-	c := &Client{cfg: cfg, loop: cfg.Loop, log: cfg.Log, conns: map[block.NodeID]*conn{}, groups: map[block.GroupID]*group{},
+	c := &Client{stopped: newSignal(), cfg: cfg, loop: cfg.Loop, log: cfg.Log, conns: map[block.NodeID]*conn{}, groups: map[block.GroupID]*group{},
 		calls: map[uint64]*call{}, attachments: map[block.VolumeID]*Attachment{},
 		attaching: map[block.VolumeID]*attaching{}}
 	c.nodes = meta.NewMirror(c.loop, cfg.Store, meta.NodesPrefix, c.nodeChanged, nil)
@@ -191,6 +192,7 @@ func (c *Client) Stop(done func(error)) {
 
 func (c *Client) shut() {
 	c.cancel()
+	c.stopped.give()
 	for _, cn := range c.conns {
 		cn.peer.Close()
 	}

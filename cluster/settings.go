@@ -285,22 +285,30 @@ func (s *settingsChange) end(err error) {
 // AwaitVolume calls done once cond holds of the volume, looking again every so
 // often while ctx lasts. The error of a volume that waits for something names it.
 func (c *Client) AwaitVolume(ctx context.Context, id block.VolumeID, cond func(meta.VolumeMeta) bool, done func(meta.VolumeMeta, error)) {
-	var v meta.VolumeMeta
-	var err error
-	c.loop.Do(loop.Meta, func() { v, err = meta.GetVolume(ctx, c.cfg.Store, id) }, func() {
-		switch {
-		case err == nil && cond(v):
-			done(v, nil)
-		case ctx.Err() != nil && v.Waiting != "":
-			done(v, block.Errorf(block.Unavailable, "volume %q waits: %s", v.Name, v.Waiting))
-		case ctx.Err() != nil:
-			done(v, block.Errorf(block.Unavailable, "volume %s: no coordinator has served it yet; are nodes running?", id))
-		case err != nil && block.KindOf(err) != block.Unavailable:
-			done(v, err)
-		default:
-			c.loop.After(2*tickEvery, func() { c.AwaitVolume(ctx, id, cond, done) })
-		}
-	})
+	var last meta.VolumeMeta
+	var look func()
+	look = func() {
+		var v meta.VolumeMeta
+		var err error
+		c.loop.Do(loop.Meta, func() { v, err = meta.GetVolume(ctx, c.cfg.Store, id) }, func() {
+			if err == nil {
+				last = v
+			}
+			switch {
+			case err == nil && cond(v):
+				done(v, nil)
+			case ctx.Err() != nil && last.Waiting != "":
+				done(last, block.Errorf(block.Unavailable, "volume %q waits: %s", last.Name, last.Waiting))
+			case ctx.Err() != nil:
+				done(last, block.Errorf(block.Unavailable, "volume %s: no coordinator has served it yet; are nodes running?", id))
+			case err != nil && block.KindOf(err) != block.Unavailable:
+				done(last, err)
+			default:
+				c.loop.After(2*tickEvery, look)
+			}
+		})
+	}
+	look()
 }
 
 // DeleteInGroup makes the volume a tombstone in a group; for the coordinator. It
