@@ -3,7 +3,6 @@ package raftgroup_test
 import (
 	"context"
 	"fmt"
-	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -21,7 +20,7 @@ import (
 
 // memLog is a raftgroup.Log in memory for loops of real time: what a turn
 // appends is durable at the turn's end, after a piece of work that stands for
-// the disk. It keeps entries and their payloads.
+// the disk. Payloads it forgets: followers are fed from what the host retains.
 type memLog struct {
 	loop loop.Loop
 	work func()
@@ -44,29 +43,14 @@ func (l *memLog) Term(i uint64) (uint64, bool) {
 func (l *memLog) HardState() raftgroup.HardState { return l.disk.hard }
 
 func (l *memLog) Append(w raftgroup.LogWrite, done func(error)) {
-	for i := range w.Entries {
-		if p := w.Entries[i].Payload; p != nil {
-			p.Retain()
-		}
-	}
 	l.mu.Lock()
 	d := &l.disk
 	for _, e := range w.Entries {
+		e.Payload = nil
 		d.ents = append(d.ents[:e.Index-d.first], e)
 	}
 	if w.HardState != nil {
 		d.hard = *w.HardState
-	}
-	// The benchmark needs no old entries.
-	for len(d.ents) > 8192 {
-		n := 4096
-		for _, e := range d.ents[:n] {
-			if e.Payload != nil {
-				e.Payload.Release()
-			}
-		}
-		d.first, d.firstTerm = d.ents[n-1].Index+1, d.ents[n-1].Term
-		d.ents = slices.Clone(d.ents[n:])
 	}
 	l.mu.Unlock()
 	l.waiting = append(l.waiting, done)
@@ -91,7 +75,7 @@ func (l *memLog) sync() {
 	})
 }
 
-func (l *memLog) Read(lo, hi uint64, maxBytes int, payloads bool) ([]raftgroup.LogEntry, error) {
+func (l *memLog) Read(lo, hi uint64, _ int, _ bool) ([]raftgroup.LogEntry, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if lo < l.disk.first || lo > l.LastIndex() {
@@ -101,11 +85,6 @@ func (l *memLog) Read(lo, hi uint64, maxBytes int, payloads bool) ([]raftgroup.L
 	for _, e := range l.disk.ents[lo-l.disk.first:] {
 		if e.Index >= hi || len(out) == 64 {
 			break
-		}
-		if !payloads {
-			e.Payload = nil
-		} else if e.Payload != nil {
-			e.Payload.Retain()
 		}
 		out = append(out, e)
 	}

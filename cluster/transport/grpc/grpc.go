@@ -73,8 +73,8 @@ func method(c transport.Class) string { return "/" + serviceName + "/" + streams
 // sessionKey is the metadata key that ties the two streams of a peer together.
 const sessionKey = "firn-session"
 
-// Listen implements transport.Network. stop must not race with calls on the
-// loop that wait for it; it does not wait for the loop.
+// Listen implements transport.Network. stop waits for the streams, not for the
+// loop: it may be called on it.
 func (n *Network) Listen(ctx context.Context, addr string, h transport.Handler) (string, func(), error) {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", addr)
