@@ -137,6 +137,7 @@ func (d *disk) recover() error {
 			index, term := state.Applied()
 			return seglog.EntryID{Index: index, Term: term}, true
 		},
+		Live:   func(s seglog.SegmentID, _ uint64) bool { return d.index.LiveBlocks(s) > 0 },
 		Failed: d.fail,
 		Logf:   n.cfg.Logf,
 	})

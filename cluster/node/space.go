@@ -15,8 +15,6 @@ const (
 	slowPercent = 85
 	// refusePercent: new writes are refused. Reads, trims and recovery go on.
 	refusePercent = 90
-	// reservePercent serves collection, hard state and trims only.
-	reservePercent = 2
 	// maxDelay is how long a write waits just below refusePercent.
 	maxDelay = 50 * time.Millisecond
 	// spaceInterval is how often nodes tell each other how full their disks are.
@@ -35,16 +33,18 @@ type diskSpace struct {
 // of all replicas reported, less what is in flight. Apply never does.
 //
 // A disk that has not reported counts as empty: the admission of a write is no
-// promise that needs it, since an accepted entry is refused by no follower, and
+// promise that needs it, because an accepted entry is refused by no follower, and
 // a full follower reports within spaceInterval.
 type space struct {
-	node     *Node
-	known    map[block.DiskID]diskSpace
-	inflight map[block.DiskID]int64 // of proposals that have not ended, by replica disk
+	node  *Node
+	known map[block.DiskID]diskSpace
+	// inflight is the bytes of proposals that have not ended, since those of
+	// such that ended after the disk reported last.
+	inflight, since map[block.DiskID]int64
 }
 
 func newSpace(n *Node) *space {
-	return &space{node: n, known: make(map[block.DiskID]diskSpace), inflight: make(map[block.DiskID]int64)}
+	return &space{node: n, known: make(map[block.DiskID]diskSpace), inflight: make(map[block.DiskID]int64), since: make(map[block.DiskID]int64)}
 }
 
 // tick refreshes the own disks and tells the other nodes.
@@ -58,7 +58,7 @@ func (s *space) tick() {
 	for _, d := range n.disks {
 		if d.failed == nil {
 			ds := diskSpace{disk: d.id, size: d.size(), taken: d.taken()}
-			s.known[d.id] = ds
+			s.reported(ds)
 			own = append(own, ds)
 		}
 	}
@@ -80,9 +80,14 @@ func (s *space) receive(header []byte) {
 	}
 	for _, d := range disks {
 		if s.node.diskOf(d.disk) == nil {
-			s.known[d.disk] = d
+			s.reported(d)
 		}
 	}
+}
+
+func (s *space) reported(d diskSpace) {
+	s.known[d.disk] = d
+	delete(s.since, d.disk)
 }
 
 // fill returns how full the fullest disk of rep's group is, in percent of its
@@ -92,7 +97,7 @@ func (s *space) fill(rep *replica) float64 {
 	for _, d := range s.node.orders.disksOf(rep) {
 		k := s.known[d]
 		if k.size > 0 {
-			worst = max(worst, 100*float64(k.taken+s.inflight[d])/float64(k.size))
+			worst = max(worst, 100*float64(k.taken+s.inflight[d]+s.since[d])/float64(k.size))
 		}
 	}
 	return worst
@@ -122,6 +127,7 @@ func (s *space) began(rep *replica, bytes int) []block.DiskID {
 func (s *space) ended(disks []block.DiskID, bytes int) {
 	for _, d := range disks {
 		s.inflight[d] -= int64(bytes)
+		s.since[d] += int64(bytes)
 	}
 }
 

@@ -97,10 +97,12 @@ func (s *Status) Leading() int {
 	return n
 }
 
-// Status returns a snapshot. It is called on the Loop, after Start.
+// Status returns a snapshot. It is called on the Loop.
 func (n *Node) Status() Status {
-	s := Status{ID: n.cfg.ID, Addr: n.addr, Zone: n.cfg.Zone, Stopping: n.stopping, Registered: n.register.done,
-		Lease: n.session.Valid(), Counters: n.counters, Raft: n.host.Counters()}
+	s := Status{ID: n.cfg.ID, Addr: n.addr, Zone: n.cfg.Zone, Stopping: n.stopping, Registered: n.register.done, Counters: n.counters}
+	if n.host != nil {
+		s.Lease, s.Raft = n.session.Valid(), n.host.Counters()
+	}
 	for _, d := range n.disks {
 		s.Disks = append(s.Disks, d.status())
 	}

@@ -296,8 +296,7 @@ func (r *recovery) scanAll() error {
 	for _, u := range uses {
 		s := r.l.segment(u.id)
 		if s == nil || s.file == nil {
-			r.rots = append(r.rots, rot{u.id, 0, r.table.number})
-			continue
+			continue // given back: it held nothing any more
 		}
 		h, ok := r.heads[u.id]
 		if ok && h.generation > u.generation {

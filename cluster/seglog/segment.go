@@ -38,6 +38,9 @@ type segment struct {
 	claims      int
 	claimBlocks int64
 
+	// reserved: open for truncations alone, while no other is free.
+	reserved bool
+
 	freedAt uint64 // pin clock when it was found to hold nothing; 0 if it was not
 	busy    bool   // being collected or zeroed: not to be opened
 	fresh   bool   // its file was made and nothing was written to it

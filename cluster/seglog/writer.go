@@ -28,6 +28,7 @@ type write struct {
 	entries  []Entry
 	next     int        // entries before are laid out
 	ends     []claimEnd // claims that end once it is durable
+	early    bool       // its truncation was laid out ahead of its turn
 	done     func(error)
 }
 
@@ -183,16 +184,27 @@ func (l *Log) prepare(stream int) bool {
 	w := &l.w
 	s := w.open[stream]
 	if s == nil {
-		reserve := 0
+		reserve := 1 // for the next recovery, which has to log its cut
 		if stream == fresh {
-			reserve = 1 // survivors must always have a way out
+			reserve = 2 // survivors must always have a way out, too
 		}
 		s = l.pick(reserve)
+		if s == nil && stream == fresh && l.nextTruncation() != nil {
+			if s = l.pick(0); s != nil {
+				s.reserved = true
+			}
+		}
 		if s == nil {
 			return false
 		}
 		l.beginTable(s, stream)
 		return true
+	}
+	if s.reserved {
+		if _, possible := l.usable(); possible < 2 && l.room(s) > 0 {
+			return l.layTruncations(s)
+		}
+		s.reserved = false
 	}
 	if stream == fresh {
 		if l.layWrites(s) {
@@ -200,6 +212,9 @@ func (l *Log) prepare(stream int) bool {
 		}
 	} else if l.layMoves(s) {
 		return true
+	}
+	if l.pick(reserve) == nil {
+		return false // not sealed, so that a recovery can log its cut here
 	}
 	l.beginBatch(s, kindSeal, stream)
 	e := newEncoder(w.buf)
@@ -209,6 +224,10 @@ func (l *Log) prepare(stream int) bool {
 
 func (l *Log) stall() {
 	w := &l.w
+	if w.closing != nil {
+		l.abandon()
+		return
+	}
 	if !w.stalled {
 		w.stalled = true
 		l.stats.Stalls++
@@ -224,6 +243,23 @@ func (l *Log) stall() {
 			l.pump()
 		})
 	}
+}
+
+// abandon ends what a closing log cannot write for want of a free segment, as a
+// crash would.
+func (l *Log) abandon() {
+	w := &l.w
+	err := block.Errorf(block.Unavailable, "the log of disk %v was closed while it was full", l.sb.Disk)
+	queue, moves := w.queue, w.moves
+	w.queue, w.moves, w.stalled = nil, nil, false
+	for _, q := range queue {
+		q.releasePayloads(q.next, len(q.entries))
+		q.done(err)
+	}
+	for _, m := range moves {
+		m.done(err)
+	}
+	l.pumpLater()
 }
 
 // beginBatch numbers a batch and sets what its header says.
@@ -301,10 +337,14 @@ func (l *Log) tableBlocks() uint32 {
 
 func (l *Log) segmentBlocks() uint32 { return uint32(l.sb.SegmentBytes / block.Size) }
 
-// room is how many blocks of an open segment batches may take: a seal, and a
-// state table after a crash, must always fit behind them.
+// cutsKept is how many recoveries in a row find room for their state table in
+// an open segment on a disk that has no free one.
+const cutsKept = 3
+
+// room is how many blocks of an open segment batches may take: a seal, and
+// state tables after crashes, must always fit behind them.
 func (l *Log) room(s *segment) uint32 {
-	keep := 1 + l.tableBlocks()
+	keep := 1 + cutsKept*l.tableBlocks()
 	if free := l.segmentBlocks() - s.next; free > keep {
 		return free - keep
 	}
@@ -312,7 +352,7 @@ func (l *Log) room(s *segment) uint32 {
 }
 
 // largestBatch is how many blocks a batch of one entry may have.
-func (l *Log) largestBatch() int64 { return int64(l.segmentBlocks()) - 1 - 2*int64(l.tableBlocks()) }
+func (l *Log) largestBatch() int64 { return int64(l.segmentBlocks()) - 1 - (cutsKept+1)*int64(l.tableBlocks()) }
 
 // layWrites lays out as many queued writes as fit one batch of s. It returns
 // false when not even a part of the first does.
@@ -362,6 +402,48 @@ func (l *Log) layWrites(s *segment) bool {
 	return true
 }
 
+// nextTruncation returns a queued write that does nothing but truncate and was
+// not laid out early. It may overtake: what it forgets is on the disk, so no
+// write that waits before it says anything of that; unless one of the same
+// replica truncates, too, or begins or ends it.
+func (l *Log) nextTruncation() *write {
+	blocked := make(map[*Replica]bool)
+	for _, q := range l.w.queue {
+		switch {
+		case q.hasTrunc && q.flags == 0 && len(q.entries) == 0 && !q.hasHard && !blocked[q.r]:
+			if !q.early {
+				return q
+			}
+		case q.hasTrunc || q.flags != 0:
+			blocked[q.r] = true
+		}
+	}
+	return nil
+}
+
+// layTruncations lays out queued truncations alone, ahead of the writes before
+// them, in a segment of the reserve (S7): when no segment is free for entries,
+// they are what frees some. They stay queued, and are answered in their turn.
+func (l *Log) layTruncations(s *segment) bool {
+	q := l.nextTruncation()
+	if q == nil {
+		return false
+	}
+	w := &l.w
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	e := newEncoder(w.buf)
+	l.beginBatch(s, kindWrites, fresh)
+	for ; q != nil && fitting(q, len(e.area), 0, l.room(s), 0) >= 0; q = l.nextTruncation() {
+		q.early = true
+		p := part{q: q}
+		l.laySection(&e, &p)
+		w.round.parts = append(w.round.parts, p)
+	}
+	l.endBatch(&e)
+	return true
+}
+
 // fitting is how many further entries of q fit a batch that has so much
 // already; -1 if not even its section does.
 func fitting(q *write, area int, blocks, room uint32, ord int) int {
@@ -392,7 +474,7 @@ func (l *Log) laySection(e *encoder, p *part) {
 	if p.from == 0 {
 		sec.flags = q.flags
 		laid.exists = q.flags&sectionRemove == 0
-		if q.hasTrunc {
+		if q.hasTrunc && !(q.early && q.trunc.Index < laid.trunc.Index) {
 			laid.trunc = q.trunc
 			laid.last = max(laid.last, q.trunc.Index)
 			if q.flags&(sectionReset|sectionCreate) != 0 {
@@ -586,8 +668,11 @@ func (l *Log) finishWrites() {
 	l.mu.Unlock()
 	for i, p := range r.parts {
 		l.gc.earn(p.q.releasePayloads(p.from, p.to))
-		if p.final {
+		if p.final || p.q.early {
 			l.endClaims(p.q.ends)
+			p.q.ends = nil
+		}
+		if p.final {
 			p.q.done(nil)
 		}
 		r.parts[i] = part{}

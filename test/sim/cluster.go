@@ -50,12 +50,13 @@ type Cluster struct {
 	Net   *simnet.Net
 	Meta  *meta.Mem
 
-	opt     Options
-	ctx     context.Context
-	id      block.ClusterID
-	nodes   []*storage
-	gateway *gatewayProcess
-	start   clock.Instant
+	opt       Options
+	ctx       context.Context
+	id        block.ClusterID
+	diskBytes int64
+	nodes     []*storage
+	gateway   *gatewayProcess
+	start     clock.Instant
 
 	failure error
 	events  uint64
@@ -77,6 +78,10 @@ func newCluster(opt Options) *Cluster {
 	w := loop.NewWorld(opt.Seed)
 	c := &Cluster{World: w, Net: simnet.New(w), opt: opt, ctx: context.Background(), start: w.Now(), trace: fnv.New64a()}
 	c.id = c.uuid()
+	c.diskBytes = largeDisk
+	if w.Rand().IntN(3) == 0 {
+		c.diskBytes = smallDisk
+	}
 	server := w.NewLoop(nil)
 	c.Meta = meta.NewMem(server)
 	server.Post(func() { c.Meta.Drive(server) })
@@ -148,7 +153,7 @@ func (s *storage) up() error {
 	incarnation := c.World.Rand().Uint64()
 	cfg := node.Config{
 		ID: s.id, Cluster: c.id, Listen: me, Boot: me, FS: s.fs, Meta: c.Meta.Client(), Loop: s.loop, Incarnation: incarnation,
-		Disks:     []node.DiskConfig{{Dir: diskDir, CapacityBytes: diskBytes}},
+		Disks:     []node.DiskConfig{{Dir: diskDir, CapacityBytes: c.diskBytes}},
 		OpenStore: func(string) (index.Store, error) { return s.openStore() },
 		Network: c.Net.Network(me, s.loop, transport.Identity{Hello: transport.Hello{
 			Cluster: c.id, Node: s.id, Session: incarnation}}),
@@ -188,7 +193,7 @@ func (s *storage) crash() {
 	})
 }
 
-func (s *storage) running() bool { return s.loop != nil }
+func (s *storage) running() bool { return s.node != nil }
 
 // coordinate runs a candidate for coordinator beside the node, as production does.
 func (s *storage) coordinate() {

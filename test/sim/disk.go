@@ -10,15 +10,17 @@ import (
 
 const (
 	diskDir = "disk"
-	// diskBytes is what a node may fill; its file system has twice as much.
-	diskBytes = 96 << 20
+	// What a node may fill: so little that it runs full when one lags, or enough.
+	// Its file system has twice as much.
+	smallDisk = 96 << 20
+	largeDisk = 384 << 20
 )
 
 var errPower = errors.New("the power is off")
 
 // newDisk gives the machine an empty disk.
 func (s *storage) newDisk() {
-	s.fs = vfs.NewSim(2 * diskBytes)
+	s.fs = vfs.NewSim(2 * s.c.diskBytes)
 	s.store = memstore.New()
 }
 

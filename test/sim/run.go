@@ -84,8 +84,8 @@ func Run(opt Options) (Report, error) {
 	c := newCluster(opt)
 	r := Report{Seed: opt.Seed, Faults: map[string]int{}}
 	err := c.run(&r)
-	if err == nil {
-		err = c.failure
+	if c.failure != nil {
+		err = c.failure // what the run ended with is its consequence
 	}
 	r.Events, r.Virtual = c.events, c.since(c.World.Now())
 	return r, err
