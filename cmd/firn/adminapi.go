@@ -1,0 +1,282 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	"firn.io/firn/cluster"
+	"firn.io/firn/cluster/clusterpb"
+	"firn.io/firn/cluster/meta"
+	"firn.io/firn/internal/block"
+)
+
+// adminAPI answers the command line.
+type adminAPI struct {
+	clusterpb.UnimplementedAdminServer
+	*served
+}
+
+// serveAPI serves the admin API on l until stop is called.
+func (s *served) serveAPI(l net.Listener, creds credentials.TransportCredentials, failed func(error)) (stop func()) {
+	server := grpc.NewServer(grpc.Creds(creds), grpc.MaxRecvMsgSize(1<<20), grpc.UnaryInterceptor(
+		func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+			answer, err := handle(ctx, req)
+			return answer, toStatus(err)
+		}))
+	clusterpb.RegisterAdminServer(server, adminAPI{served: s})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := server.Serve(l); err != nil {
+			failed(block.Wrap(block.Unavailable, err, "admin API"))
+		}
+	}()
+	return func() {
+		server.Stop()
+		<-done
+	}
+}
+
+// CreateVolume implements clusterpb.AdminServer.
+func (a adminAPI) CreateVolume(ctx context.Context, r *clusterpb.CreateVolumeRequest) (*clusterpb.Volume, error) {
+	return a.one(ctx)(a.catalog.CreateVolume(ctx, meta.NewVolume{
+		ID: block.NewUUID(), Name: r.Name, SizeBytes: r.SizeBytes, BlockSize: int(r.BlockSize), Replicas: int(r.Replicas),
+	}))
+}
+
+// ListVolumes implements clusterpb.AdminServer.
+func (a adminAPI) ListVolumes(ctx context.Context, _ *clusterpb.ListVolumesRequest) (*clusterpb.ListVolumesResponse, error) {
+	volumes, err := a.volumes(ctx)
+	return &clusterpb.ListVolumesResponse{Volumes: volumes}, err
+}
+
+// ShowVolume implements clusterpb.AdminServer.
+func (a adminAPI) ShowVolume(ctx context.Context, r *clusterpb.ShowVolumeRequest) (*clusterpb.Volume, error) {
+	return a.one(ctx)(meta.FindVolume(ctx, a.store, r.Name))
+}
+
+// SetVolume implements clusterpb.AdminServer.
+func (a adminAPI) SetVolume(ctx context.Context, r *clusterpb.SetVolumeRequest) (*clusterpb.Volume, error) {
+	if r.ReadOnly == nil {
+		return nil, block.Errorf(block.Invalid, "no setting was given")
+	}
+	return a.one(ctx)(a.change(ctx, r.Name, cluster.Settings{ReadOnly: r.ReadOnly}))
+}
+
+// ResizeVolume implements clusterpb.AdminServer.
+func (a adminAPI) ResizeVolume(ctx context.Context, r *clusterpb.ResizeVolumeRequest) (*clusterpb.Volume, error) {
+	if r.SizeBytes <= 0 {
+		return nil, block.Errorf(block.Invalid, "size %d: it must be above 0", r.SizeBytes)
+	}
+	return a.one(ctx)(a.change(ctx, r.Name, cluster.Settings{SizeBytes: r.SizeBytes, Shrink: r.Shrink}))
+}
+
+// RenameVolume implements clusterpb.AdminServer.
+func (a adminAPI) RenameVolume(ctx context.Context, r *clusterpb.RenameVolumeRequest) (*clusterpb.Volume, error) {
+	if r.Name == r.NewName {
+		return nil, block.Errorf(block.Exists, "volume %q has that name already", r.Name)
+	}
+	return a.one(ctx)(meta.RenameVolume(ctx, a.store, r.Name, r.NewName))
+}
+
+// RemoveVolume implements clusterpb.AdminServer.
+func (a adminAPI) RemoveVolume(ctx context.Context, r *clusterpb.RemoveVolumeRequest) (*clusterpb.RemoveVolumeResponse, error) {
+	v, err := meta.FindVolume(ctx, a.store, r.Name)
+	if err != nil {
+		return nil, err
+	}
+	// A volume whose last client has left a moment ago need not be waited for.
+	if err := a.gateway.Detach(ctx, v.ID, false); err != nil && block.KindOf(err) != block.NotFound {
+		if block.KindOf(err) == block.Busy {
+			return nil, block.Errorf(block.Busy, "volume %q is attached: it has clients at gateway %s; disconnect them first", r.Name, a.id)
+		}
+		return nil, err
+	}
+	_, err = meta.DeleteVolume(ctx, a.store, r.Name)
+	return &clusterpb.RemoveVolumeResponse{}, err
+}
+
+// ListNodes implements clusterpb.AdminServer.
+func (a adminAPI) ListNodes(ctx context.Context, _ *clusterpb.ListNodesRequest) (*clusterpb.ListNodesResponse, error) {
+	nodes, err := a.nodes(ctx)
+	return &clusterpb.ListNodesResponse{Nodes: nodes}, err
+}
+
+// Status implements clusterpb.AdminServer.
+func (a adminAPI) Status(ctx context.Context, _ *clusterpb.StatusRequest) (*clusterpb.StatusResponse, error) {
+	return a.status(ctx)
+}
+
+// Health implements clusterpb.AdminServer. It answers with what is wrong also
+// when etcd is away: that is when it is asked.
+func (a adminAPI) Health(ctx context.Context, _ *clusterpb.HealthRequest) (*clusterpb.HealthResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
+	s, err := a.status(ctx)
+	if err != nil {
+		return &clusterpb.HealthResponse{Problems: []*clusterpb.Problem{{
+			Severity: "error", What: err.Error(), Remedy: "attached volumes go on; attaching and changing volumes waits until etcd answers",
+		}}}, nil
+	}
+	h := &clusterpb.HealthResponse{Healthy: true, Problems: s.Problems}
+	for _, p := range s.Problems {
+		h.Healthy = h.Healthy && p.Severity != "error"
+	}
+	return h, nil
+}
+
+// change changes settings of a volume through its owner (F8): this gateway, which
+// attaches it for that.
+func (s *served) change(ctx context.Context, name string, want cluster.Settings) (meta.VolumeMeta, error) {
+	h, err := s.gateway.Open(ctx, name)
+	if err != nil {
+		return meta.VolumeMeta{}, err
+	}
+	defer h.Release()
+	id := h.Geometry().ID
+	return call(ctx, s.loop, func(done func(meta.VolumeMeta, error)) { s.catalog.client.StartSettings(ctx, id, want, done) }, nil)
+}
+
+// one makes the answer of what a call to the catalog returned.
+func (a adminAPI) one(ctx context.Context) func(meta.VolumeMeta, error) (*clusterpb.Volume, error) {
+	return func(v meta.VolumeMeta, err error) (*clusterpb.Volume, error) {
+		if err != nil {
+			return nil, err
+		}
+		owners, err := meta.ListOwners(ctx, a.store)
+		if err != nil {
+			return nil, err
+		}
+		return a.present(v, owners), nil
+	}
+}
+
+func (s *served) present(v meta.VolumeMeta, owners map[block.VolumeID]meta.OwnerMeta) *clusterpb.Volume {
+	out := &clusterpb.Volume{
+		Name: v.Name, Id: v.ID.String(), SizeBytes: v.SizeBytes, BlockSize: uint32(v.BlockSize), Replicas: uint32(v.Replicas), ReadOnly: v.ReadOnly,
+		State: string(v.State), Generation: uint32(v.Generation), Epoch: uint64(v.Epoch), AttachedTo: owners[v.ID].Gateway,
+	}
+	for _, g := range v.Groups() {
+		out.Groups = append(out.Groups, uint64(g))
+	}
+	for _, o := range s.gateway.Volumes() {
+		if o.Geometry.ID == v.ID {
+			out.Clients = uint32(o.Clients)
+		}
+	}
+	return out
+}
+
+func (s *served) volumes(ctx context.Context) ([]*clusterpb.Volume, error) {
+	all, err := meta.ListVolumes(ctx, s.store)
+	if err != nil {
+		return nil, err
+	}
+	owners, err := meta.ListOwners(ctx, s.store)
+	if err != nil {
+		return nil, err
+	}
+	var out []*clusterpb.Volume
+	for _, v := range all {
+		if v.State != meta.Deleting {
+			out = append(out, s.present(v, owners))
+		}
+	}
+	return out, nil
+}
+
+func (s *served) nodes(ctx context.Context) ([]*clusterpb.Node, error) {
+	all, err := meta.ListNodes(ctx, s.store)
+	if err != nil {
+		return nil, err
+	}
+	live, err := meta.ListLive(ctx, s.store)
+	if err != nil {
+		return nil, err
+	}
+	var out []*clusterpb.Node
+	for _, n := range all {
+		_, alive := live[n.ID]
+		v := &clusterpb.Node{Id: uint32(n.ID), Addr: n.Addr, Zone: n.Zone, Alive: alive}
+		for _, d := range n.Disks {
+			if !d.Absent {
+				v.Disks = append(v.Disks, &clusterpb.Disk{Id: d.ID.String(), CapacityBytes: d.CapacityBytes, Failed: d.Failed})
+			}
+		}
+		out = append(out, v)
+	}
+	return out, nil
+}
+
+func (s *served) status(ctx context.Context) (*clusterpb.StatusResponse, error) {
+	st := &clusterpb.StatusResponse{ClusterId: s.cluster.String(), Version: version(), Gateway: s.id, NbdAddr: s.nbdAddr}
+	var err error
+	if st.Nodes, err = s.nodes(ctx); err != nil {
+		return nil, err
+	}
+	if st.Volumes, err = s.volumes(ctx); err != nil {
+		return nil, err
+	}
+	groups, err := meta.ListGroups(ctx, s.store)
+	if err != nil {
+		return nil, err
+	}
+	st.Groups = uint32(len(groups))
+	st.Problems = append(nodeProblems(st.Nodes), groupProblems(groups, st.Nodes)...)
+	return st, nil
+}
+
+func nodeProblems(nodes []*clusterpb.Node) (out []*clusterpb.Problem) {
+	if len(nodes) == 0 {
+		out = append(out, &clusterpb.Problem{Severity: "error", What: "there is no storage node", Remedy: "start one with `firn node`"})
+	}
+	for _, n := range nodes {
+		if !n.Alive {
+			out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("node %d at %s is down", n.Id, n.Addr),
+				Remedy: "start it again with the same --id and --disk; it catches up by itself"})
+		}
+		for _, d := range n.Disks {
+			if d.Failed {
+				out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("disk %s of node %d has failed", d.Id, n.Id),
+					Remedy: "replace it; a disk that failed a sync is not used again"})
+			}
+		}
+	}
+	return out
+}
+
+// groupProblems tells of groups that have lost their majority.
+func groupProblems(groups []meta.GroupMeta, nodes []*clusterpb.Node) (out []*clusterpb.Problem) {
+	alive := map[uint32]bool{}
+	for _, n := range nodes {
+		alive[n.Id] = n.Alive
+	}
+	stuck, lost := 0, 0
+	for _, g := range groups {
+		up := 0
+		for _, r := range g.Replicas {
+			if alive[uint32(r.Node)] && !r.Lost {
+				up++
+			}
+			if r.Lost {
+				lost++
+			}
+		}
+		if 2*up <= len(g.Replicas) {
+			stuck++
+		}
+	}
+	if stuck > 0 {
+		out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("%d of %d groups have no majority: I/O to their chunks waits", stuck, len(groups)),
+			Remedy: "bring the nodes that are down back; I/O resumes by itself"})
+	}
+	if lost > 0 {
+		out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("%d %s lost: the disk does not hold what it should", lost, plural(lost, "replica")),
+			Remedy: "check that the right disks are mounted"})
+	}
+	return out
+}

@@ -1,0 +1,293 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/credentials"
+
+	"firn.io/firn/cluster"
+	"firn.io/firn/cluster/meta"
+	"firn.io/firn/cluster/transport"
+	"firn.io/firn/cluster/transport/grpc"
+	"firn.io/firn/gateway"
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/clock"
+	"firn.io/firn/internal/loop"
+	"firn.io/firn/internal/vfs"
+	"firn.io/firn/nbd"
+)
+
+const (
+	defaultNBD  = "127.0.0.1:10809"
+	defaultHTTP = "127.0.0.1:7480"
+	etcdUsage   = "etcd endpoints, separated by commas"
+)
+
+// frontFlags are the addresses that a gateway serves on.
+type frontFlags struct {
+	nbd, api, http string
+	tls            tlsFlags
+}
+
+func (f *frontFlags) register(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.nbd, "nbd", defaultNBD, "serve NBD here: HOST:PORT or unix:PATH")
+	cmd.Flags().StringVar(&f.api, "api", defaultAPI, "serve the admin API here")
+	cmd.Flags().StringVar(&f.http, "http", defaultHTTP, "serve /healthz, /readyz, /metrics and the status page here; empty: nowhere")
+	f.tls.register(cmd)
+}
+
+// fronts are listeners that do not serve yet: opened first, so that a taken
+// port is known before anything else is done.
+type fronts struct {
+	nbd, api, http net.Listener // http may be nil
+	creds          credentials.TransportCredentials
+}
+
+func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) {
+	creds, err := f.tls.server("--api", f.api)
+	if err != nil {
+		return nil, err
+	}
+	out := &fronts{creds: creds}
+	if out.nbd, err = nbd.Listen(ctx, f.nbd); err != nil {
+		return nil, addressError("--nbd", f.nbd, err)
+	}
+	parts.push("NBD listener", closing(out.nbd))
+	if out.api, err = listen("--api", f.api); err != nil {
+		return nil, err
+	}
+	parts.push("API listener", closing(out.api))
+	if f.http != "" {
+		if out.http, err = listen("--http", f.http); err != nil {
+			return nil, err
+		}
+		parts.push("HTTP listener", closing(out.http))
+	}
+	return out, nil
+}
+
+// closing closes a listener that its server may have closed already.
+func closing(l net.Listener) func(context.Context) error {
+	return func(context.Context) error {
+		if err := l.Close(); !errors.Is(err, net.ErrClosed) {
+			return err
+		}
+		return nil
+	}
+}
+
+// served is a gateway with its frontends.
+type served struct {
+	id      string
+	cluster block.ClusterID
+	nbdAddr string
+	store   meta.Store
+	loop    *loop.System
+	catalog *catalog
+	gateway *gateway.Gateway
+}
+
+// gatewayConfig is what a gateway is started with.
+type gatewayConfig struct {
+	id      string
+	cluster block.ClusterID
+	// folder identifies the locked data folder: with the boot id it proves that
+	// an older process of this gateway is gone (F3).
+	folder  string
+	store   meta.Store
+	network func(l loop.Loop, id transport.Identity, name string) transport.Network
+	fronts  *fronts
+	metrics *prometheus.Registry
+	// ready is what must hold besides, for /readyz.
+	ready func(context.Context) error
+}
+
+// openGateway starts a gateway and its frontends and pushes their stops on parts.
+func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed func(error)) (*served, error) {
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	s := &served{id: cfg.id, cluster: cfg.cluster, store: cfg.store, nbdAddr: cfg.fronts.nbd.Addr().String()}
+	s.loop = loop.NewSystem(clock.System{}, loop.DefaultLimits)
+	parts.push("gateway's loop", func(context.Context) error { s.loop.Stop(); return nil })
+
+	session := randomNumber()
+	network := cfg.network(s.loop, transport.Identity{Hello: transport.Hello{Cluster: cfg.cluster, Session: session}}, "gateway")
+	client := startClient(ctx, "gateway's client", cluster.Config{
+		Loop: s.loop, Store: cfg.store, Network: network, Cluster: cfg.cluster, Log: slog.Default(), OwnerAddr: s.nbdAddr,
+		Gateway: meta.GatewayMeta{ID: cfg.id, Incarnation: session, Addr: cfg.fronts.api.Addr().String(), NBD: s.nbdAddr, Boot: boot, Folder: cfg.folder},
+	}, parts)
+	s.catalog = &catalog{loop: s.loop, store: cfg.store, client: client}
+	s.gateway = gateway.New(gateway.Options{Loop: s.loop, Log: slog.Default(), Storage: s.catalog.storage()})
+	parts.push("gateway", s.gateway.Close)
+
+	server := nbd.NewServer(exports{s.gateway}, nbd.Options{Log: slog.Default()})
+	serving := make(chan struct{})
+	go func() {
+		defer close(serving)
+		if err := server.Serve(cfg.fronts.nbd); !errors.Is(err, nbd.ErrServerClosed) {
+			failed(block.Wrap(block.Unavailable, err, "NBD server"))
+		}
+	}()
+	parts.push("NBD server", func(ctx context.Context) error {
+		err := server.Shutdown(ctx)
+		<-serving
+		return err
+	})
+	stopAPI := s.serveAPI(cfg.fronts.api, cfg.fronts.creds, failed)
+	parts.push("API", func(context.Context) error { stopAPI(); return nil })
+	cfg.metrics.MustRegister(gatewayMetrics(s.gateway, server))
+	if cfg.fronts.http != nil {
+		o := &observed{status: s.status, metrics: cfg.metrics, ready: func(ctx context.Context) error {
+			if _, err := meta.GetCluster(ctx, cfg.store); err != nil {
+				return err
+			}
+			if cfg.ready != nil {
+				return cfg.ready(ctx)
+			}
+			return nil
+		}}
+		stopHTTP := o.serveHTTP(cfg.fronts.http)
+		parts.push("HTTP", func(context.Context) error { stopHTTP(); return nil })
+	}
+	return s, nil
+}
+
+// readyView is what a role prints with --json once it is ready.
+type readyView struct {
+	Ready   bool         `json:"ready"`
+	Cluster string       `json:"cluster_id"`
+	NBD     string       `json:"nbd,omitempty"`
+	API     string       `json:"api,omitempty"`
+	HTTP    string       `json:"http,omitempty"`
+	Listen  string       `json:"listen,omitempty"`
+	Volumes []volumeView `json:"volumes,omitempty"`
+}
+
+func (f *fronts) view(cluster block.ClusterID) readyView {
+	v := readyView{Ready: true, Cluster: cluster.String(), NBD: f.nbd.Addr().String(), API: f.api.Addr().String()}
+	if f.http != nil {
+		v.HTTP = f.http.Addr().String()
+	}
+	if f.nbd.Addr().Network() == "unix" {
+		v.NBD = "unix:" + v.NBD
+	}
+	return v
+}
+
+// write tells people what is served and how to use it.
+func (f *fronts) write(w io.Writer, v readyView) {
+	fmt.Fprintf(w, "NBD   %s\n", v.NBD)
+	fmt.Fprintf(w, "API   %s   firn status, firn volume ls\n", v.API)
+	if v.HTTP != "" {
+		fmt.Fprintf(w, "HTTP  http://%s\n", v.HTTP)
+	}
+	for _, volume := range v.Volumes {
+		uri := nbd.URI(f.nbd.Addr(), volume.Name)
+		quoted := uri
+		if strings.ContainsAny(uri, "?&") {
+			quoted = "'" + uri + "'"
+		}
+		fmt.Fprintf(w, "\n%s, %s, %d %s:\n", volume.Name, formatSize(volume.SizeBytes), volume.Replicas, plural(int(volume.Replicas), "replica"))
+		fmt.Fprintf(w, "  nbdinfo %s\n", quoted)
+		fmt.Fprintf(w, "  nbdcopy disk.img %s\n", quoted)
+		fmt.Fprintf(w, "  qemu-img convert -n -O raw disk.qcow2 %s\n", quoted)
+		if host, port, err := net.SplitHostPort(f.nbd.Addr().String()); err == nil {
+			fmt.Fprintf(w, "  sudo nbd-client %s %s /dev/nbd0 -N %s\n", host, port, volume.Name)
+		}
+	}
+}
+
+func newGateway(c *console) *cobra.Command {
+	var fronts frontFlags
+	var id, data, etcd, logLevel string
+	cmd := &cobra.Command{
+		Use: "gateway --id ID --data DIR --etcd URLS", Short: "Serve the cluster's volumes over NBD", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := startLog(c, logLevel); err != nil {
+				return err
+			}
+			if err := required(cmd, "id", "data", "etcd"); err != nil {
+				return err
+			}
+			if err := meta.CheckGatewayID(id); err != nil {
+				return err
+			}
+			return serveUntil(cmd.Context(), func(ctx context.Context, parts *stack, failed func(error)) error {
+				lock, err := lockFolder(vfs.NewOS(), data)
+				if err != nil {
+					return err
+				}
+				parts.push("data folder", func(context.Context) error { return lock.Close() })
+				folder, err := folderID(data)
+				if err != nil {
+					return err
+				}
+				listeners, err := fronts.listen(ctx, parts)
+				if err != nil {
+					return err
+				}
+				store, clusterID, err := openMeta(ctx, etcd, parts)
+				if err != nil {
+					return err
+				}
+				tls, err := fronts.tls.config()
+				if err != nil {
+					return err
+				}
+				_, err = openGateway(ctx, gatewayConfig{
+					id: id, cluster: clusterID, folder: folder, store: store, fronts: listeners, metrics: newMetrics(),
+					network: func(l loop.Loop, id transport.Identity, _ string) transport.Network {
+						return grpc.New(grpc.Options{Loop: l, Identity: id, ClientTLS: tls, ServerTLS: tls})
+					},
+				}, parts, failed)
+				if err != nil {
+					return err
+				}
+				v := listeners.view(clusterID)
+				return c.print(v, func(w io.Writer) {
+					listeners.write(w, v)
+					fmt.Fprintln(w, "\nready; Ctrl-C stops")
+				})
+			})
+		},
+	}
+	cmd.Flags().StringVar(&id, "id", "", "name of this gateway, unique in the cluster")
+	cmd.Flags().StringVar(&data, "data", "", "folder of this gateway's own")
+	cmd.Flags().StringVar(&etcd, "etcd", "", etcdUsage)
+	fronts.register(cmd)
+	logFlag(cmd, &logLevel, "info")
+	return cmd
+}
+
+// required refuses flags that were given neither on the command line nor elsewhere.
+func required(cmd *cobra.Command, names ...string) error {
+	for _, name := range names {
+		if !cmd.Flags().Changed(name) {
+			return block.Errorf(block.Invalid, "--%s is missing; see `%s --help`", name, cmd.CommandPath())
+		}
+	}
+	return nil
+}
+
+// openMeta connects to etcd and finds, or founds, the cluster.
+func openMeta(ctx context.Context, endpoints string, parts *stack) (meta.Store, block.ClusterID, error) {
+	ctx, cancel := context.WithTimeout(ctx, etcdTime)
+	defer cancel()
+	store, err := meta.OpenEtcd(ctx, meta.EtcdConfig{Endpoints: strings.Split(endpoints, ",")})
+	if err != nil {
+		return nil, block.ClusterID{}, err
+	}
+	parts.push("etcd client", func(context.Context) error { return store.Close() })
+	c, err := meta.InitCluster(ctx, store, block.NewUUID())
+	return store, c.ID, err
+}

@@ -1,0 +1,124 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"html/template"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sys/unix"
+
+	"firn.io/firn/cluster/clusterpb"
+	"firn.io/firn/internal/block"
+)
+
+// probeTimeout bounds what a health check waits for.
+const probeTimeout = 3 * time.Second
+
+// observed is a role as its HTTP pages see it.
+type observed struct {
+	// ready returns why the role cannot do its work now, or nil.
+	ready func(context.Context) error
+	// status is nil for roles without a status page.
+	status  func(context.Context) (*clusterpb.StatusResponse, error)
+	metrics *prometheus.Registry
+}
+
+func newMetrics() *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return r
+}
+
+// handler serves /healthz (the process lives), /readyz (it can do its work),
+// /metrics, and a page for people.
+func (o *observed) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("ok\n")) })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
+		defer cancel()
+		if err := o.ready(ctx); err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		w.Write([]byte("ok\n"))
+	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(o.metrics, promhttp.HandlerOpts{}))
+	if o.status != nil {
+		mux.HandleFunc("GET /{$}", o.page)
+	}
+	return mux
+}
+
+var pageTemplate = template.Must(template.New("status").Funcs(template.FuncMap{"size": formatSize, "onoff": onOff}).Parse(`<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="5"><title>Firn</title>
+<style>body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#1b2733}
+table{border-collapse:collapse;width:100%;margin:.5rem 0 1.5rem}th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #d8e0e6}
+th{font-weight:600;color:#5a6b78}.ok{color:#157347}.bad{color:#b02a37}small{color:#5a6b78}</style></head><body>
+<h1>Firn</h1><p><small>cluster {{.ClusterId}}, {{.Version}}, gateway {{.Gateway}}, NBD on {{.NbdAddr}}, {{.Groups}} groups</small></p>
+{{if .Problems}}<ul>{{range .Problems}}<li class="bad">{{.What}}{{with .Remedy}}<br><small>{{.}}</small>{{end}}</li>{{end}}</ul>{{else}}<p class="ok">healthy</p>{{end}}
+<h2>Volumes</h2><table><tr><th>name<th>size<th>replicas<th>attached to<th>clients<th>read-only<th>state</tr>
+{{range .Volumes}}<tr><td>{{.Name}}<td>{{size .SizeBytes}}<td>{{.Replicas}}<td>{{.AttachedTo}}<td>{{.Clients}}<td>{{onoff .ReadOnly}}<td>{{.State}}</tr>{{end}}</table>
+<h2>Nodes</h2><table><tr><th>node<th>address<th>zone<th>state<th>disks</tr>
+{{range .Nodes}}<tr><td>{{.Id}}<td>{{.Addr}}<td>{{.Zone}}<td>{{if .Alive}}<span class="ok">up</span>{{else}}<span class="bad">down</span>{{end}}<td>{{range .Disks}}{{size .CapacityBytes}}{{if .Failed}} <span class="bad">failed</span>{{end}} {{end}}</tr>{{end}}</table>
+</body></html>
+`))
+
+func (o *observed) page(w http.ResponseWriter, r *http.Request) {
+	ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
+	defer cancel()
+	s, err := o.status(ctx)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	if err := pageTemplate.Execute(w, s); err != nil {
+		slog.Debug("status page", "err", err)
+	}
+}
+
+// listen opens addr for the flag that named it; a taken port is an error of
+// kind busy that says what to do.
+func listen(flag, addr string) (net.Listener, error) {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, addressError(flag, addr, err)
+	}
+	return l, nil
+}
+
+// serveHTTP serves o on l until stop is called.
+func (o *observed) serveHTTP(l net.Listener) (stop func()) {
+	server := &http.Server{Handler: o.handler(), ReadHeaderTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			slog.Error("HTTP server stopped", "err", err)
+		}
+	}()
+	return func() {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if server.Shutdown(ctx) != nil {
+			server.Close()
+		}
+		<-done
+	}
+}
+
+// addressError explains why flag's address cannot be listened on.
+func addressError(flag, addr string, err error) error {
+	if errors.Is(err, unix.EADDRINUSE) {
+		return block.Errorf(block.Busy, "%s %s: another process listens there; choose another address with %s, or stop that process", flag, addr, flag)
+	}
+	return block.Wrap(block.Invalid, err, "%s %s", flag, addr)
+}

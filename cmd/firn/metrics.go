@@ -1,0 +1,121 @@
+package main
+
+import (
+	"github.com/prometheus/client_golang/prometheus"
+
+	"firn.io/firn/cluster/node"
+	"firn.io/firn/gateway"
+	"firn.io/firn/internal/vfs"
+	"firn.io/firn/nbd"
+	"firn.io/firn/nbd/wire"
+)
+
+// collector makes metrics of counters that parts keep anyway, at each scrape.
+type collector func(emit func(*prometheus.Desc, prometheus.ValueType, float64, ...string))
+
+// Describe says nothing: the metrics are made as they come ("unchecked").
+func (collector) Describe(chan<- *prometheus.Desc) {}
+
+// Collect implements prometheus.Collector.
+func (c collector) Collect(out chan<- prometheus.Metric) {
+	c(func(d *prometheus.Desc, t prometheus.ValueType, v float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(d, t, v, labels...)
+	})
+}
+
+func describe(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("firn_"+name, help, labels, nil)
+}
+
+var (
+	diskWritten   = describe("disk_written_bytes_total", "Bytes written to disk, by class of file: log, index, other.", "node", "class")
+	diskRead      = describe("disk_read_bytes_total", "Bytes read from disk.", "node", "class")
+	diskSyncs     = describe("disk_syncs_total", "Syncs of files and folders.", "node", "class")
+	diskSize      = describe("disk_size_bytes", "What Firn may fill of the disk.", "node", "disk")
+	diskTaken     = describe("disk_taken_bytes", "What is taken of it.", "node", "disk")
+	diskLive      = describe("disk_live_bytes", "Live data.", "node", "disk")
+	diskLog       = describe("disk_log_bytes", "What the Raft logs claim.", "node", "disk")
+	diskFailed    = describe("disk_failed", "1: the disk failed and takes no part.", "node", "disk")
+	nodeReplicas  = describe("node_replicas", "Replicas on the node.", "node")
+	nodeLeading   = describe("node_leading", "Groups that the node leads.", "node")
+	nodeUpkeep    = describe("node_upkeep_total", "Work in the background.", "node", "what")
+	nodeNoSpace   = describe("node_no_space_total", "Writes refused for want of room.", "node")
+	nodeCorrupt   = describe("node_corrupt_reads_total", "Reads that failed their checksums.", "node")
+	volumeWritten = describe("volume_written_bytes_total", "Bytes that clients wrote.", "volume")
+	volumeRead    = describe("volume_read_bytes_total", "Bytes that clients read.", "volume")
+	volumeOps     = describe("volume_operations_total", "Operations of clients.", "volume", "operation")
+	volumeClients = describe("volume_clients", "Clients connected here.", "volume")
+	nbdOpen       = describe("nbd_connections", "Open NBD connections.")
+	nbdAccepted   = describe("nbd_accepted_total", "Accepted NBD connections.")
+	nbdBad        = describe("nbd_bad_connections_total", "Connections that ended for a reason.", "reason")
+	nbdRequests   = describe("nbd_requests_total", "NBD requests.", "command")
+	nbdErrors     = describe("nbd_errors_total", "NBD errors.", "errno")
+)
+
+// nodeMetrics are those of a node; its status is asked for on its loop.
+func nodeMetrics(id string, fs vfs.FS, status func() (node.Status, bool)) collector {
+	return func(emit func(*prometheus.Desc, prometheus.ValueType, float64, ...string)) {
+		for c := vfs.Class(0); c < vfs.NumClasses; c++ {
+			n := fs.Counts(c)
+			emit(diskWritten, prometheus.CounterValue, float64(n.WrittenBytes), id, c.String())
+			emit(diskRead, prometheus.CounterValue, float64(n.ReadBytes), id, c.String())
+			emit(diskSyncs, prometheus.CounterValue, float64(n.Syncs), id, c.String())
+		}
+		s, ok := status()
+		if !ok {
+			return
+		}
+		for _, d := range s.Disks {
+			disk := d.ID.String()
+			failed := 0.0
+			if d.Failed != "" {
+				failed = 1
+			}
+			emit(diskSize, prometheus.GaugeValue, float64(d.SizeBytes), id, disk)
+			emit(diskTaken, prometheus.GaugeValue, float64(d.TakenBytes), id, disk)
+			emit(diskLive, prometheus.GaugeValue, float64(d.LiveBytes), id, disk)
+			emit(diskLog, prometheus.GaugeValue, float64(d.LogBytes), id, disk)
+			emit(diskFailed, prometheus.GaugeValue, failed, id, disk)
+		}
+		emit(nodeReplicas, prometheus.GaugeValue, float64(len(s.Replicas)), id)
+		emit(nodeLeading, prometheus.GaugeValue, float64(s.Leading()), id)
+		emit(nodeNoSpace, prometheus.CounterValue, float64(s.Counters.NoSpace), id)
+		emit(nodeCorrupt, prometheus.CounterValue, float64(s.Counters.CorruptReads), id)
+		for _, u := range []struct {
+			what string
+			n    uint64
+		}{
+			{"checkpoint", s.Counters.Checkpoints}, {"flush", s.Counters.Flushes}, {"truncation", s.Counters.Truncations},
+			{"moved_run", s.Counters.Moved}, {"reaper_job", s.Counters.Reaped},
+		} {
+			emit(nodeUpkeep, prometheus.CounterValue, float64(u.n), id, u.what)
+		}
+	}
+}
+
+func gatewayMetrics(g *gateway.Gateway, server *nbd.Server) collector {
+	return func(emit func(*prometheus.Desc, prometheus.ValueType, float64, ...string)) {
+		for _, v := range g.Volumes() {
+			name := v.Geometry.Name
+			emit(volumeWritten, prometheus.CounterValue, float64(v.Stats.WrittenBytes), name)
+			emit(volumeRead, prometheus.CounterValue, float64(v.Stats.ReadBytes), name)
+			emit(volumeOps, prometheus.CounterValue, float64(v.Stats.Reads), name, "read")
+			emit(volumeOps, prometheus.CounterValue, float64(v.Stats.Writes), name, "write")
+			emit(volumeOps, prometheus.CounterValue, float64(v.Stats.Zeroes), name, "zero")
+			emit(volumeOps, prometheus.CounterValue, float64(v.Stats.Flushes), name, "flush")
+			emit(volumeClients, prometheus.GaugeValue, float64(v.Clients), name)
+		}
+		s := server.Stats()
+		emit(nbdOpen, prometheus.GaugeValue, float64(s.Connections))
+		emit(nbdAccepted, prometheus.CounterValue, float64(s.Accepted))
+		emit(nbdBad, prometheus.CounterValue, float64(s.Refused), "refused")
+		emit(nbdBad, prometheus.CounterValue, float64(s.HandshakeFailures), "handshake")
+		emit(nbdBad, prometheus.CounterValue, float64(s.Violations), "violation")
+		for c, n := range s.Requests {
+			emit(nbdRequests, prometheus.CounterValue, float64(n), wire.Command(c).String())
+		}
+		for i, n := range s.Errors {
+			emit(nbdErrors, prometheus.CounterValue, float64(n), wire.Errnos[i].String())
+		}
+	}
+}

@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"firn.io/firn/cluster/meta"
+	"firn.io/firn/cluster/node"
+	"firn.io/firn/cluster/transport"
+	"firn.io/firn/cluster/transport/grpc"
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/loop"
+)
+
+const (
+	defaultListen   = "127.0.0.1:7410"
+	defaultNodeHTTP = "127.0.0.1:7490"
+)
+
+// parseDisk reads DIR or DIR=SIZE.
+func parseDisk(text string) (node.DiskConfig, error) {
+	dir, capacity, sized := strings.Cut(text, "=")
+	d := node.DiskConfig{Dir: dir}
+	if dir == "" {
+		return d, block.Errorf(block.Invalid, "--disk %q: write it as DIR or DIR=SIZE", text)
+	}
+	if sized {
+		n, err := parseSize(capacity)
+		if err != nil {
+			return d, err
+		}
+		d.CapacityBytes = n
+	}
+	return d, nil
+}
+
+func newNode(c *console, r *remote) *cobra.Command {
+	var id uint32
+	var disks []string
+	var etcd, listenAddr, advertise, http, zone, logLevel string
+	var tls tlsFlags
+	cmd := &cobra.Command{
+		Use: "node --id ID --disk DIR[=SIZE]... --etcd URLS", Short: "Store replicas; `node ls` lists the nodes", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := startLog(c, logLevel); err != nil {
+				return err
+			}
+			if err := required(cmd, "id", "disk", "etcd"); err != nil {
+				return err
+			}
+			if id == 0 || id > meta.MaxNodeID {
+				return block.Errorf(block.Invalid, "--id %d: use 1 to %d", id, meta.MaxNodeID)
+			}
+			if err := tls.guard("--listen", listenAddr); err != nil {
+				return err
+			}
+			config, err := tls.config()
+			if err != nil {
+				return err
+			}
+			var configs []node.DiskConfig
+			for _, text := range disks {
+				d, err := parseDisk(text)
+				if err != nil {
+					return err
+				}
+				configs = append(configs, d)
+			}
+			return serveUntil(cmd.Context(), func(ctx context.Context, parts *stack, failed func(error)) error {
+				var web net.Listener
+				if http != "" {
+					if web, err = listen("--http", http); err != nil {
+						return err
+					}
+					parts.push("HTTP listener", closing(web))
+				}
+				metrics := newMetrics()
+				store, clusterID, err := openMeta(ctx, etcd, parts)
+				if err != nil {
+					return err
+				}
+				network := func(l loop.Loop, id transport.Identity, _ string) transport.Network {
+					return grpc.New(grpc.Options{Loop: l, Identity: id, ClientTLS: config, ServerTLS: config})
+				}
+				s, err := openStorage(ctx, storageConfig{
+					id: block.NodeID(id), cluster: clusterID, listen: listenAddr, advertise: advertise, zone: zone, disks: configs,
+					store: store, network: network, metrics: metrics,
+				}, parts)
+				if err != nil {
+					return err
+				}
+				v := readyView{Ready: true, Cluster: clusterID.String(), Listen: s.node.Addr()}
+				if web != nil {
+					o := &observed{metrics: metrics, ready: s.ready}
+					stopHTTP := o.serveHTTP(web)
+					parts.push("HTTP", func(context.Context) error { stopHTTP(); return nil })
+					v.HTTP = web.Addr().String()
+				}
+				starting, cancel := context.WithTimeout(ctx, startTime)
+				defer cancel()
+				if err := awaitReady(starting, s.ready); err != nil {
+					return err
+				}
+				return c.print(v, func(w io.Writer) {
+					fmt.Fprintf(w, "node %d serves on %s\nready; Ctrl-C stops\n", id, v.Listen)
+				})
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.Uint32Var(&id, "id", 0, "number of this node, unique in the cluster and always the same")
+	f.StringArrayVar(&disks, "disk", nil, "folder on a disk of its own, and how much of it to fill (default all); may be repeated")
+	f.StringVar(&etcd, "etcd", "", etcdUsage)
+	f.StringVar(&listenAddr, "listen", defaultListen, "serve nodes and gateways here")
+	f.StringVar(&advertise, "advertise", "", "address that others reach --listen at, if it differs")
+	f.StringVar(&http, "http", defaultNodeHTTP, "serve /healthz, /readyz and /metrics here; empty: nowhere")
+	f.StringVar(&zone, "zone", "", "failure zone: replicas are spread over zones")
+	tls.registerOn(f)
+	logFlag(cmd, &logLevel, "info")
+	ls := nodeLs(r)
+	r.flags(ls)
+	cmd.AddCommand(ls)
+	return cmd
+}

@@ -1,0 +1,140 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/vfs"
+)
+
+// Times of a role's life.
+const (
+	// startTime bounds what a role waits for until it is ready.
+	startTime = 30 * time.Second
+	// etcdTime bounds the first answer of etcd.
+	etcdTime = 10 * time.Second
+	// stopTime bounds an orderly stop; what is not done by then is left to the
+	// restart, which finds everything that was acknowledged.
+	stopTime = 20 * time.Second
+)
+
+// stack closes what was opened, in reverse.
+type stack struct {
+	names   []string
+	closers []func(context.Context) error
+}
+
+func (s *stack) push(name string, closer func(context.Context) error) {
+	s.names, s.closers = append(s.names, name), append(s.closers, closer)
+}
+
+// close closes everything and returns the first error. It waits for all, each
+// within ctx.
+func (s *stack) close(ctx context.Context) error {
+	var first error
+	for i := len(s.closers) - 1; i >= 0; i-- {
+		if err := s.closers[i](ctx); err != nil {
+			slog.Warn("stop", "part", s.names[i], "err", err)
+			if first == nil {
+				first = fmt.Errorf("stop %s: %w", s.names[i], err)
+			}
+		}
+	}
+	s.names, s.closers = nil, nil
+	return first
+}
+
+// serveUntil runs a role: open, say that it is ready, wait for a signal or a
+// failure of a part, close. A second signal ends the process at once.
+func serveUntil(ctx context.Context, open func(context.Context, *stack, func(error)) error) error {
+	var parts stack
+	failed := make(chan error, 1)
+	fail := func(err error) {
+		select {
+		case failed <- err:
+		default:
+		}
+	}
+	err := open(ctx, &parts, fail)
+	if err == nil {
+		select {
+		case <-ctx.Done():
+		case err = <-failed:
+		}
+	} else if ctx.Err() != nil {
+		err = nil // stopped while it started: that is no failure
+	}
+	stopping, cancel := context.WithTimeout(context.Background(), stopTime)
+	defer cancel()
+	if closeErr := parts.close(stopping); err == nil {
+		err = closeErr
+	}
+	return err
+}
+
+// startLog directs the log to stderr.
+func startLog(c *console, level string) error {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(level)); err != nil {
+		return block.Errorf(block.Invalid, "--log-level %q: use debug, info, warn or error", level)
+	}
+	slog.SetDefault(slog.New(slog.NewTextHandler(c.err, &slog.HandlerOptions{Level: l})))
+	return nil
+}
+
+func logFlag(cmd *cobra.Command, level *string, normal string) {
+	cmd.Flags().StringVar(level, "log-level", normal, "least level that is logged: debug, info, warn or error")
+}
+
+const pidName = "firn.pid"
+
+// lockFolder makes dir this process's own. A folder in use is an error that
+// names the process.
+func lockFolder(fs vfs.FS, dir string) (io.Closer, error) {
+	l, err := vfs.Lock(fs, dir)
+	if err == nil {
+		err = os.WriteFile(dir+"/"+pidName, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644)
+		if err != nil {
+			l.Close()
+		}
+	}
+	if err == nil {
+		return l, nil
+	}
+	if block.KindOf(err) != block.Busy {
+		return nil, block.Wrap(block.Invalid, err, "data folder %s", dir)
+	}
+	holder := "another process"
+	if text, readErr := os.ReadFile(dir + "/" + pidName); readErr == nil {
+		holder = "process " + strings.TrimSpace(string(text))
+	}
+	return nil, block.Errorf(block.Busy, "the data folder %s is in use by %s; stop it, or choose another folder", dir, holder)
+}
+
+// bootID is the machine's: it proves that an older process of the same folder
+// cannot live on another machine or from before a restart.
+func bootID() (string, error) {
+	text, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", block.Wrap(block.Unsupported, err, "read the boot id")
+	}
+	return strings.TrimSpace(string(text)), nil
+}
+
+// randomNumber is never 0.
+func randomNumber() uint64 {
+	var b [8]byte
+	rand.Read(b[:]) // never fails
+	return binary.LittleEndian.Uint64(b[:]) | 1
+}

@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"firn.io/firn/cluster"
+	"firn.io/firn/cluster/coordinator"
+	"firn.io/firn/cluster/index"
+	"firn.io/firn/cluster/index/pebblestore"
+	"firn.io/firn/cluster/meta"
+	"firn.io/firn/cluster/node"
+	"firn.io/firn/cluster/transport"
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/clock"
+	"firn.io/firn/internal/loop"
+	"firn.io/firn/internal/vfs"
+	"firn.io/firn/internal/vfs/pebblefs"
+)
+
+// storageConfig is what one storage node is started with.
+type storageConfig struct {
+	id        block.NodeID
+	cluster   block.ClusterID
+	listen    string
+	advertise string
+	zone      string
+	disks     []node.DiskConfig
+	store     meta.Store
+	// network makes the node's network for its loop and session.
+	network func(l loop.Loop, id transport.Identity, name string) transport.Network
+	metrics *prometheus.Registry
+}
+
+// storage is a running node, with its candidate for coordinator.
+type storage struct {
+	loop *loop.System
+	node *node.Node
+}
+
+// openStorage starts a node and its candidate for coordinator, and pushes their
+// stops on parts.
+func openStorage(ctx context.Context, cfg storageConfig, parts *stack) (*storage, error) {
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	name := fmt.Sprintf("node %d", cfg.id)
+	l := loop.NewSystem(clock.System{}, loop.DefaultLimits)
+	parts.push(name+"'s loop", func(context.Context) error { l.Stop(); return nil })
+
+	session := randomNumber()
+	network := cfg.network(l, transport.Identity{Hello: transport.Hello{Cluster: cfg.cluster, Node: cfg.id, Session: session}}, name)
+	fs := vfs.NewOS()
+	// The node outlives ctx, which ends when the process is asked to stop, until
+	// it has been stopped in order.
+	life := context.WithoutCancel(ctx)
+	n, err := node.Open(life, node.Config{
+		ID: cfg.id, Cluster: cfg.cluster, Listen: cfg.listen, Advertise: cfg.advertise, Zone: cfg.zone, Boot: boot, Disks: cfg.disks,
+		FS: fs, OpenStore: func(dir string) (index.Store, error) {
+			return pebblestore.Open(dir, pebblestore.Options{FS: pebblefs.New(fs, vfs.ClassIndex), Log: slog.Default()})
+		},
+		Network: network, Meta: cfg.store, Loop: l, Incarnation: session, Created: time.Now().UTC().Format(time.RFC3339),
+		NewDiskID: func() block.DiskID { return block.NewUUID() },
+		Logf:      func(format string, args ...any) { slog.Info(fmt.Sprintf(format, args...), "node", cfg.id) },
+	})
+	if err != nil {
+		return nil, err
+	}
+	if !l.Call(func() { err = n.Start() }) || err != nil {
+		return nil, err
+	}
+	s := &storage{loop: l, node: n}
+	parts.push(name, s.stop)
+	cfg.metrics.MustRegister(nodeMetrics(strconv.Itoa(int(cfg.id)), fs, s.status))
+	s.coordinate(ctx, cfg, parts)
+	return s, nil
+}
+
+// startClient starts a client on its loop and pushes its stop on parts. It
+// outlives ctx, which ends when the process is asked to stop.
+func startClient(ctx context.Context, name string, cfg cluster.Config, parts *stack) *cluster.Client {
+	c := cluster.New(cfg)
+	cfg.Loop.Post(func() { c.Start(context.WithoutCancel(ctx)) })
+	parts.push(name, func(ctx context.Context) error { return await(ctx, cfg.Loop, c.Stop) })
+	return c
+}
+
+// coordinate lets the node campaign as coordinator, with a client of its own
+// that carries deletions to the groups.
+func (s *storage) coordinate(ctx context.Context, cfg storageConfig, parts *stack) {
+	name := fmt.Sprintf("node %d's coordinator", s.node.ID())
+	network := cfg.network(s.loop, transport.Identity{Hello: transport.Hello{Cluster: cfg.cluster, Session: randomNumber()}}, name)
+	client := startClient(ctx, name+"'s client", cluster.Config{Loop: s.loop, Store: cfg.store, Network: network, Cluster: cfg.cluster, Log: slog.Default()}, parts)
+	c := coordinator.New(coordinator.Config{Loop: s.loop, Store: cfg.store, Node: s.node.ID(), Deleter: client, Log: slog.Default()})
+	s.loop.Post(func() { c.Start(context.WithoutCancel(ctx)) })
+	parts.push(name, func(ctx context.Context) error {
+		return await(ctx, s.loop, func(done func(error)) { c.Stop(func() { done(nil) }) })
+	})
+}
+
+func (s *storage) stop(ctx context.Context) error { return await(ctx, s.loop, s.node.Stop) }
+
+func (s *storage) status() (st node.Status, ok bool) {
+	ok = s.loop.Call(func() { st = s.node.Status() })
+	return st, ok
+}
+
+// ready tells why the node is not.
+func (s *storage) ready(context.Context) error {
+	ready := false
+	if !s.loop.Call(func() { ready = s.node.Ready() }) || !ready {
+		return block.Errorf(block.Unavailable, "node %d is not ready: it is not registered, or a replica is still being opened", s.node.ID())
+	}
+	return nil
+}
+
+// await starts something on the loop and waits for its answer.
+func await(ctx context.Context, l loop.Loop, start func(done func(error))) error {
+	answer := make(chan error, 1)
+	l.Post(func() { start(func(err error) { answer <- err }) })
+	select {
+	case err := <-answer:
+		return err
+	case <-ctx.Done():
+		return block.Wrap(block.Canceled, ctx.Err(), "wait for an orderly stop")
+	}
+}
+
+// awaitReady asks until ready holds.
+func awaitReady(ctx context.Context, ready func(context.Context) error) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := ready(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
