@@ -43,13 +43,6 @@ func appendHead(dst []byte, l localID, kind byte) []byte {
 	return append(binary.BigEndian.AppendUint32(dst, uint32(l)), kind)
 }
 
-func splitHead(key []byte) (l localID, kind byte, rest []byte, ok bool) {
-	if len(key) < headLen {
-		return 0, 0, nil, false
-	}
-	return localID(binary.BigEndian.Uint32(key)), key[4], key[headLen:], true
-}
-
 func appendCatalogKey(dst []byte, k seglog.ReplicaKey) []byte {
 	dst = appendHead(dst, 0, kindCatalog)
 	dst = binary.BigEndian.AppendUint64(dst, uint64(k.Group))
@@ -124,13 +117,6 @@ func decodeLiveKey(key []byte) (s seglog.SegmentID, generation uint64, ok bool) 
 
 func appendUsageKey(dst []byte, l localID, volume uint32) []byte {
 	return binary.BigEndian.AppendUint32(appendHead(dst, l, kindUsage), volume)
-}
-
-func decodeUsageKey(key []byte) (volume uint32, ok bool) {
-	if len(key) != usageLen {
-		return 0, false
-	}
-	return binary.BigEndian.Uint32(key[5:]), true
 }
 
 // extentKey names an extent within a replica.

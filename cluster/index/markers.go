@@ -66,6 +66,17 @@ func (m *markers) newest(c block.Chunk, g block.Generation) (block.Generation, b
 	return 0, 0, false
 }
 
+// hide tells whether some marker hides an extent of c from all views.
+func (m *markers) hide(c block.Chunk, g block.Generation, written block.Version, keep *retention) bool {
+	for i := range m.layers {
+		l := &m.layers[i]
+		if s, ok := l.at(c); ok && l.gen >= g && s.written > written && !keep.needs(g, l.gen) {
+			return true
+		}
+	}
+	return false
+}
+
 // add puts a marker over what its layer has in [from, to). It is newer than
 // all that are there.
 func (m *markers) add(g block.Generation, s span) {

@@ -51,7 +51,7 @@ func (r *Replica) move(m *seglog.Move) {
 	if v == nil || v.record.Tombstone {
 		return
 	}
-	if g, written, ok := v.markers.newest(m.Chunk, block.GenerationLatest); ok && written > m.Written && !v.retained.needs(m.Generation, g) {
+	if v.markers.hide(m.Chunk, m.Generation, m.Written, &v.retained) {
 		return
 	}
 	r.liveRuns(m, func(part seglog.Move) {

@@ -206,14 +206,16 @@ func (m *merger) reapRecords(s *reaping) error {
 	})
 }
 
-// finishReap brings the chunk table up to the step, and forgets the marker
-// when its range is done. The marker's record and the floor version are saved
+// finishReap brings memory up to the step, and forgets the marker when its
+// range is done. What was moved into the delta before the step, and is hidden,
+// goes with its original: nothing would hide it later. The marker's record and the floor version are saved
 // by the next checkpoint; until then a restart finds it again.
 func (r *Replica) finishReap(s *reaping, m *merger, out mergeResult) {
 	v := s.volume
 	v.storeBlocks = out.blocks[0]
 	for c, ok := v.chunks.next(s.from); ok && c < s.scanned; c, ok = v.chunks.next(c + 1) {
 		at, _ := v.chunks.get(c)
+		r.dropHidden(v, c, s)
 		switch {
 		case at > s.span.written, v.chunks.hasExtras(c):
 		case s.kept[c], v.delta != nil && v.delta.chunks[c] != nil:
@@ -232,6 +234,17 @@ func (r *Replica) finishReap(s *reaping, m *merger, out mergeResult) {
 		r.soil(v)
 	}
 	r.settleJob(m, out.dead, r.committed)
+}
+
+func (r *Replica) dropHidden(v *volume, c block.Chunk, s *reaping) {
+	if v.delta == nil || v.delta.chunks[c] == nil {
+		return
+	}
+	v.delta.chunks[c].drop(func(e *extent) bool {
+		return e.gen <= s.gen && e.written < s.span.written && !s.keep.needs(e.gen, s.gen)
+	}, func(e *extent, mask uint16) {
+		v.delta.blocks -= int64(r.db.live.clear(e.segment, e.at, mask))
+	})
 }
 
 // deadRange gathers neighbouring keys to delete them at once.
