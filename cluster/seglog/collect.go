@@ -101,7 +101,11 @@ func (l *Log) collect() {
 // due tells whether collection is worth its copying, and sets its rate.
 func (l *Log) due() bool {
 	var used, taken int64 // blocks
+	waiting := 0          // victims that the index has not let go of yet
 	for _, s := range l.segs {
+		if s.state == sealed && s.collected > 0 && l.gc.pokes < s.collected+againAfter {
+			waiting++
+		}
 		if s.state == open || s.state == sealed {
 			used += int64(l.segmentBlocks())
 			taken += min(int64(l.segmentBlocks()), int64(l.live(s))+s.claimBlocks)
@@ -115,8 +119,11 @@ func (l *Log) due() bool {
 	l.gc.rate = min(8, max(0.5, 1.5*fill/max(0.05, 1-fill)))
 	switch {
 	case l.Shortage():
-		return true
-	case possible*3 < l.maxSegments:
+		if waiting > 0 {
+			l.owner.NeedSpace()
+		}
+		return possible+waiting < l.shortFree()
+	case (possible+waiting)*3 < l.maxSegments:
 		return fill < 0.9
 	}
 	// Room is left: only what bounds waste to about the live data.
@@ -125,6 +132,7 @@ func (l *Log) due() bool {
 
 // chooseVictims picks by cost and benefit: free space that a copy of the rest
 // gains, weighted by age, for what has lived long is likely to go on living.
+// When segments are short only the gain counts.
 func (l *Log) chooseVictims() []*segment {
 	type candidate struct {
 		s     *segment
@@ -146,8 +154,11 @@ func (l *Log) chooseVictims() []*segment {
 		if live == 0 || fill > 0.95 || fill > 0.8 && !short {
 			continue
 		}
-		age := float64(l.w.number - s.generation)
-		all = append(all, candidate{s, live, (1 - fill) * age / (1 + fill)})
+		score := 1 - fill
+		if !short {
+			score *= float64(l.w.number-s.generation) / (1 + fill)
+		}
+		all = append(all, candidate{s, live, score})
 	}
 	slices.SortStableFunc(all, func(a, b candidate) int {
 		switch {
@@ -158,14 +169,22 @@ func (l *Log) chooseVictims() []*segment {
 		}
 		return int(a.s.id) - int(b.s.id)
 	})
-	// The survivors of a run fill at most one segment: that much room there is.
-	most := int(l.segmentBlocks()) * 7 / 8
+	// The survivors of a run fill at most one segment, and what room there is.
+	_, possible := l.usable()
+	most := int64(possible) * int64(l.segmentBlocks()) / 2
+	if s := l.w.open[survivors]; s != nil {
+		most += int64(l.room(s)) * 3 / 4
+	}
+	most = min(most, int64(l.segmentBlocks())*7/8)
 	var victims []*segment
 	for _, c := range all {
-		if len(victims) == maxVictims || len(victims) > 0 && c.live > most {
+		if len(victims) == maxVictims {
 			break
 		}
-		most -= c.live
+		if int64(c.live) > most {
+			continue
+		}
+		most -= int64(c.live)
 		victims = append(victims, c.s)
 	}
 	return victims

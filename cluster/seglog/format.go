@@ -147,10 +147,10 @@ const (
 
 // Flags of a section.
 const (
-	sectionCreate = 1 << iota // the replica begins here
-	sectionRemove             // and ends here
-	sectionReset              // all entries before this section are void (L6)
-	sectionDamaged            // in a state table: a recovery found it damaged (L4)
+	sectionCreate  = 1 << iota // the replica begins here
+	sectionRemove              // and ends here
+	sectionReset               // all entries before this section are void (L6)
+	sectionDamaged             // in a state table: a recovery found it damaged (L4)
 )
 
 // section is what a batch says about one replica: always its whole state after

@@ -681,13 +681,17 @@ func (l *Log) cut(r *recovery) error {
 	}
 	s := w.open[fresh]
 	if s != nil && s.next+l.tableBlocks()+1 > l.segmentBlocks() {
-		l.beginBatch(s, kindSeal, fresh)
-		e := newEncoder(w.buf)
-		l.endBatch(&e)
-		if err := l.writeNow(); err != nil {
+		if err := l.sealNow(fresh); err != nil {
 			return err
 		}
-		s.state, w.open[fresh], s = sealed, nil, nil
+		s = nil
+	}
+	if _, possible := l.usable(); possible == 0 && w.open[survivors] != nil && l.opt.Live != nil &&
+		!l.opt.Live(w.open[survivors].id, w.open[survivors].generation) {
+		// It holds garbage, moves that the index does not know of: sealed it can be freed.
+		if err := l.sealNow(survivors); err != nil {
+			return err
+		}
 	}
 	if s != nil {
 		l.beginBatch(s, kindTable, fresh)
@@ -705,6 +709,18 @@ func (l *Log) cut(r *recovery) error {
 		return err
 	}
 	w.open[fresh], w.table = s, w.durable
+	return nil
+}
+
+func (l *Log) sealNow(stream int) error {
+	s := l.w.open[stream]
+	l.beginBatch(s, kindSeal, stream)
+	e := newEncoder(l.w.buf)
+	l.endBatch(&e)
+	if err := l.writeNow(); err != nil {
+		return err
+	}
+	s.state, l.w.open[stream] = sealed, nil
 	return nil
 }
 

@@ -345,7 +345,7 @@ func (l *Log) Space() Space {
 
 // shortFree is how many segments the log likes to have free or possible: below,
 // it asks the index for checkpoints and collects without regard to load.
-func (l *Log) shortFree() int { return max(3, l.maxSegments/16) }
+func (l *Log) shortFree() int { return max(4, l.maxSegments/16) }
 
 // Shortage tells whether free segments are few.
 func (l *Log) Shortage() bool {

@@ -54,7 +54,8 @@ type part struct {
 // moveBatch is survivors to be written, with their payload.
 type moveBatch struct {
 	moves   []Move
-	payload []byte // one after the other, aligned
+	next    int    // moves before are laid out
+	payload []byte // of moves[next:], one after the other, aligned
 	// done is called on the Loop when all are durable, with To set.
 	done func(error)
 }
@@ -183,11 +184,12 @@ func (l *Log) other(stream int) int {
 func (l *Log) prepare(stream int) bool {
 	w := &l.w
 	s := w.open[stream]
+	// New data leaves two segments: truncations and survivors are what frees some.
+	reserve := 0
+	if stream == fresh {
+		reserve = 2
+	}
 	if s == nil {
-		reserve := 1 // for the next recovery, which has to log its cut
-		if stream == fresh {
-			reserve = 2 // survivors must always have a way out, too
-		}
 		s = l.pick(reserve)
 		if s == nil && stream == fresh && l.nextTruncation() != nil {
 			if s = l.pick(0); s != nil {
@@ -213,8 +215,9 @@ func (l *Log) prepare(stream int) bool {
 	} else if l.layMoves(s) {
 		return true
 	}
-	if l.pick(reserve) == nil {
-		return false // not sealed, so that a recovery can log its cut here
+	// Without a successor it stays open, so that a recovery can log its cut in it.
+	if l.pick(reserve) == nil && (stream != fresh || l.nextTruncation() == nil || l.pick(0) == nil) {
+		return false
 	}
 	l.beginBatch(s, kindSeal, stream)
 	e := newEncoder(w.buf)
@@ -352,7 +355,9 @@ func (l *Log) room(s *segment) uint32 {
 }
 
 // largestBatch is how many blocks a batch of one entry may have.
-func (l *Log) largestBatch() int64 { return int64(l.segmentBlocks()) - 1 - (cutsKept+1)*int64(l.tableBlocks()) }
+func (l *Log) largestBatch() int64 {
+	return int64(l.segmentBlocks()) - 1 - (cutsKept+1)*int64(l.tableBlocks())
+}
 
 // layWrites lays out as many queued writes as fit one batch of s. It returns
 // false when not even a part of the first does.
@@ -550,34 +555,42 @@ func (l *Log) placePayloads(s *segment) {
 	r.placed = r.placed[:0]
 }
 
-// layMoves lays out the first batch of survivors, if it fits.
+// layMoves lays out as much of the first batch of survivors as fits.
 func (l *Log) layMoves(s *segment) bool {
 	w := &l.w
 	m := w.moves[0]
-	area := fixedBytes
-	for i := range m.moves {
-		area += moveBytes + 4*len(m.moves[i].CRCs)
+	room := l.room(s)
+	area, n := fixedBytes, 0
+	var blocks uint32
+	for _, x := range m.moves[m.next:] {
+		area += moveBytes + 4*len(x.CRCs)
+		if blocksOf(area)+blocks+uint32(len(x.CRCs)) > room {
+			break
+		}
+		blocks += uint32(len(x.CRCs))
+		n++
 	}
-	blocks := uint32(len(m.payload) / block.Size)
-	if blocksOf(area)+blocks > l.room(s) {
+	if n == 0 {
 		return false
 	}
-	w.moves[0] = nil
-	w.moves = w.moves[1:]
 	l.beginBatch(s, kindMoves, survivors)
 	e := newEncoder(w.buf)
-	for i := range m.moves {
-		e.move(&m.moves[i].Record)
+	part := m.moves[m.next : m.next+n]
+	for i := range part {
+		e.move(&part[i].Record)
 	}
 	r := &w.round
 	r.header.payloadBlocks = blocks
 	l.endBatch(&e)
 	at := s.next + r.header.headerBlocks()
-	for i := range m.moves {
-		m.moves[i].To = Location{s.id, uint16(at)}
-		at += uint32(len(m.moves[i].CRCs))
+	for i := range part {
+		part[i].To = Location{s.id, uint16(at)}
+		at += uint32(len(part[i].CRCs))
 	}
-	r.bufs = append(r.bufs, m.payload)
+	bytes := int(blocks) * block.Size
+	r.bufs = append(r.bufs, m.payload[:bytes])
+	m.payload = m.payload[bytes:]
+	m.next += n
 	r.move = m
 	return true
 }
@@ -638,11 +651,15 @@ func (l *Log) finish() {
 	case kindWrites:
 		l.finishWrites()
 	case kindMoves:
-		l.stats.Moves += uint64(len(r.move.moves))
+		l.stats.Moves += uint64(h.records)
 		l.stats.MoveBlocks += uint64(h.payloadBlocks)
 		m := r.move
 		r.move = nil
-		m.done(nil)
+		if m.next == len(m.moves) {
+			w.moves[0] = nil
+			w.moves = w.moves[1:]
+			m.done(nil)
+		}
 	}
 	if h.kind == kindTable || h.kind == kindSeal {
 		s.fresh = false
@@ -695,7 +712,6 @@ func (l *Log) finishFailed() {
 	err := r.err
 	parts := r.parts
 	r.parts = nil
-	move := r.move
 	r.move = nil
 	l.fail(err)
 	for _, p := range parts {
@@ -703,8 +719,5 @@ func (l *Log) finishFailed() {
 		if p.final {
 			l.loop.Post(func() { p.q.done(l.err) })
 		}
-	}
-	if move != nil {
-		l.loop.Post(func() { move.done(l.err) })
 	}
 }
