@@ -10,8 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/semaphore"
-
 	"firn.io/firn/nbd/wire"
 )
 
@@ -57,7 +55,7 @@ func NewServer(exports Exports, opt Options) *Server {
 	s := &Server{
 		exports:   exports,
 		opt:       opt,
-		bytes:     &budget{total: semaphore.NewWeighted(opt.TotalBytes)},
+		bytes:     newBudget(opt.TotalBytes),
 		listeners: map[net.Listener]struct{}{},
 		conns:     map[*conn]struct{}{},
 	}
@@ -155,7 +153,7 @@ func (s *Server) Stats() Stats {
 	defer s.mu.Unlock()
 	st := s.stats
 	st.Connections = len(s.conns)
-	st.InFlightBytes = s.bytes.inUse.Load()
+	st.InFlightBytes = s.bytes.used()
 	for c := range s.conns {
 		st.Counts.add(c.count.load())
 		c.mu.Lock()
