@@ -11,7 +11,8 @@ import (
 )
 
 // TestRequestsAllocateNothing counts the allocations of the whole process, the
-// client included, over many requests on a real socket.
+// client included, over many requests on a real socket. Under the race detector
+// sync.Pool forgets at random, and the number means nothing.
 func TestRequestsAllocateNothing(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -48,7 +49,7 @@ func TestRequestsAllocateNothing(t *testing.T) {
 			runtime.ReadMemStats(&after)
 			// Starting the load costs some 3 per request in flight; a collection
 			// empties pools.
-			if per := float64(after.Mallocs-before.Mallocs) / n; per > 0.05 {
+			if per := float64(after.Mallocs-before.Mallocs) / n; per > 0.05 && !raceDetector {
 				t.Errorf("%.3f allocations per request", per)
 			}
 			if hits := s.Stats().MemoryReads; c.lend && hits != 22000 || !c.lend && hits != 0 {
