@@ -261,6 +261,10 @@ func (c *Conn) Close() error {
 	c.out = wire.AppendRequest(c.out, wire.Request{Command: wire.CmdDisc})
 	c.mu.Unlock()
 	err := c.Flush()
+	if errors.Is(err, ErrClosed) {
+		// The server was quicker to leave than this call to notice.
+		err = nil
+	}
 	if err == nil {
 		<-c.over
 	}
