@@ -357,11 +357,8 @@ func (l *Log) copyNext() {
 			l.copyNext()
 			return
 		}
-		l.w.moves = append(l.w.moves, &moveBatch{moves: good, payload: bytes, done: func(err error) {
+		l.w.moves = append(l.w.moves, &moveBatch{moves: good, payload: bytes, done: func(error) {
 			buf.Release()
-			if err == nil {
-				l.owner.ApplyMoves(good)
-			}
 			l.copyNext()
 		}})
 		l.pumpLater()

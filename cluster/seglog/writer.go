@@ -56,7 +56,7 @@ type moveBatch struct {
 	moves   []Move
 	next    int    // moves before are laid out
 	payload []byte // of moves[next:], one after the other, aligned
-	// done is called on the Loop when all are durable, with To set.
+	// done is called on the Loop when all are durable and the index was told.
 	done func(error)
 }
 
@@ -323,7 +323,8 @@ func (l *Log) encodeTable() {
 	e.segments(claimed)
 	kept := w.voids[:0]
 	for _, v := range w.voids {
-		if s := l.segment(v.segment); s != nil && s.state != missing && s.generation <= v.to {
+		// A batch written there since has taken the place of what was torn.
+		if s := l.segment(v.segment); s != nil && s.state != missing && s.last <= v.to && s.generation <= v.to {
 			kept = append(kept, v)
 		}
 	}
@@ -655,6 +656,8 @@ func (l *Log) finish() {
 		l.stats.MoveBlocks += uint64(h.payloadBlocks)
 		m := r.move
 		r.move = nil
+		// At once: until the index points at it, nothing keeps the segment.
+		l.owner.ApplyMoves(m.moves[m.next-int(h.records) : m.next])
 		if m.next == len(m.moves) {
 			w.moves[0] = nil
 			w.moves = w.moves[1:]
