@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 
 	"firn.io/firn/cluster"
 	"firn.io/firn/cluster/meta"
@@ -42,7 +43,11 @@ func call[T any](ctx context.Context, l loop.Loop, start func(done func(T, error
 		}()
 	}
 	var none T
-	return none, block.Wrap(block.Canceled, ctx.Err(), "gave up waiting")
+	kind := block.Canceled
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		kind = block.Unavailable
+	}
+	return none, block.Wrap(kind, ctx.Err(), "no answer from the cluster in time")
 }
 
 // CreateVolume returns when the volume can be attached. When ctx ends first the

@@ -47,10 +47,14 @@ func toStatus(err error) error {
 	if err == nil {
 		return nil
 	}
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		err = block.Wrap(block.Canceled, err, "gave up")
-	}
 	kind := block.KindOf(err)
+	switch {
+	case kind != block.Internal:
+	case errors.Is(err, context.Canceled):
+		kind = block.Canceled
+	case errors.Is(err, context.DeadlineExceeded):
+		kind = block.Unavailable
+	}
 	st := status.New(kindTable[kind].code, err.Error())
 	if detailed, e := st.WithDetails(&clusterpb.ErrorKind{Kind: uint32(kind)}); e == nil {
 		st = detailed

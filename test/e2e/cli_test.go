@@ -185,7 +185,7 @@ func TestBadInput(t *testing.T) {
 
 	volume := func(args ...string) []string { return append(append([]string{"volume"}, args...), "--api", s.API) }
 	elsewhere := func(args ...string) []string {
-		return append(args, "--api", freeAddr(t), "--http", freeAddr(t))
+		return append([]string{args[0], "--api", freeAddr(t), "--http", freeAddr(t)}, args[1:]...)
 	}
 	for _, c := range []struct {
 		name string
