@@ -109,7 +109,7 @@ func (r *Replica) judge(v *volume, cmd *wire.Command) (wire.Outcome, bool) {
 	if cmd.Epoch != v.record.Epoch || cmd.Nonce != v.record.Nonce {
 		return wire.OutcomeOldEpoch, true
 	}
-	if cmd.OpSeq == 0 || cmd.Floor > cmd.OpSeq {
+	if cmd.OpSeq == 0 || cmd.OpSeq >= maxOpSeq || cmd.Floor > cmd.OpSeq {
 		return wire.OutcomeInvalid, true
 	}
 	r.soil(v)

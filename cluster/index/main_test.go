@@ -8,7 +8,7 @@ import (
 
 // TestMain sets how far the random histories go, unless the command line does.
 func TestMain(m *testing.M) {
-	steps, checks := "100", "250"
+	steps, checks := "100", "150"
 	if os.Getenv("FIRN_TEST_LONG") != "" {
 		steps, checks = "250", "5000"
 	}

@@ -26,6 +26,9 @@ func (db *DB) load() error {
 	var found []*Replica
 	err := scan(db.snap, appendHead(nil, 0, 0), appendHead(nil, 1, 0), func(key, value []byte) error {
 		fresh = false
+		if len(key) < headLen {
+			return corrupt("key", key)
+		}
 		switch key[4] {
 		case kindFormat:
 			if len(value) != 4 || binary.LittleEndian.Uint32(value) != formatVersion {
@@ -72,8 +75,14 @@ func (r *Replica) load() error {
 	numbers := make(map[uint32]*volume)
 	known := false
 	err := scan(r.db.snap, appendHead(nil, r.local, 0), appendHead(nil, r.local, kindExtent), func(key, value []byte) (err error) {
+		if len(key) < headLen {
+			return corrupt("key", key)
+		}
 		switch key[4] {
 		case kindGroup:
+			if len(key) != headLen {
+				break
+			}
 			known = true
 			r.group, err = decodeGroup(value)
 			return err

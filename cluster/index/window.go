@@ -8,6 +8,9 @@ import (
 // windowSize is how far above the floor an opSeq may be (W3).
 const windowSize = 4096
 
+// maxOpSeq is above every opSeq that a counter reaches.
+const maxOpSeq = block.OpSeq(1) << 62
+
 // window remembers the outcomes of the operations at and above the floor, two
 // bits each (W3). All below the floor have had their answer; opSeqs from
 // floor+4096 on are never judged. Which refusal it was is kept aside, since
@@ -142,7 +145,7 @@ func decodeWindow(p []byte) (w window, rest []byte, ok bool) {
 	w.floor = block.OpSeq(takeUint64(&p))
 	n := int(p[0]) | int(p[1])<<8
 	p = p[2:]
-	if n > windowSize || len(p) < (n+3)/4 {
+	if n > windowSize || w.floor >= maxOpSeq || len(p) < (n+3)/4 {
 		return w, nil, false
 	}
 	packed, p := p[:(n+3)/4], p[(n+3)/4:]
