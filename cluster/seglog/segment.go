@@ -13,7 +13,7 @@ import (
 	"firn.io/firn/internal/vfs"
 )
 
-// segmentState is what a segment is for now.
+// segmentState is what a segment is used for.
 type segmentState uint8
 
 const (
