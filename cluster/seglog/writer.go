@@ -516,16 +516,23 @@ func (l *Log) layEntry(e *encoder, q *write, i int, s *segment, blocks *uint32, 
 	l.stats.Entries++
 	l.stats.PayloadBytes += uint64(n)
 	r := q.r
-	if r.removed || x.Index <= r.trunc.Index || x.Index > r.LastIndex() {
-		return
-	}
-	sl := r.slot(x.Index)
-	if !sl.pendingOf(q.seq) {
-		return // discarded while it waited
-	}
-	*sl = slot{segment: s.id, bytes: uint32(n), batch: uint16(s.next), ord: uint16(ord), payload: uint16(rel)}
-	l.w.round.placed = append(l.w.round.placed, sl)
+	place := slot{segment: s.id, bytes: uint32(n), batch: uint16(s.next), ord: uint16(ord), payload: uint16(rel)}
 	l.claim(s, n)
+	if !r.removed && x.Index > r.trunc.Index && x.Index <= r.LastIndex() {
+		if sl := r.slot(x.Index); sl.pendingOf(q.seq) {
+			*sl = place
+			l.w.round.placed = append(l.w.round.placed, sl)
+			return
+		}
+	}
+	// Discarded while it waited: until the write that did is durable, a recovery
+	// needs the entry.
+	for k := len(l.w.queue) - 1; ; k-- {
+		if later := l.w.queue[k]; later.r == r {
+			later.ends = appendClaimEnd(later.ends, place)
+			return
+		}
+	}
 }
 
 // addPayload puts p behind the batch, padded to whole blocks, uncopied but for
