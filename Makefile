@@ -10,17 +10,17 @@ help: ## Show this list
 build: ## Build ./firn
 	go build -o firn ./cmd/firn
 
-check: ## Format, vet and unit tests, a few minutes: what to run before a commit
-	go run ./test/run -only format,vet,unit
+check: ## Format, vet, unit tests and a few seeds, at most 5 minutes: what to run before a commit
+	go run ./test/run -only format,vet,unit,sim -seeds 3
 
 test: ## Everything, with real clients and processes: what CI runs
 	go run ./test/run
 
-test-long: ## Everything in its long variants (hours)
-	go run ./test/run -long -fuzztime 60s
+test-long: ## Everything in its long variants, at most 75 minutes
+	go run ./test/run -long
 
-sim: ## The whole-cluster simulation
-	go run ./test/run -only sim
+sim: ## The whole-cluster simulation; `make sim SEED=n` replays one seed
+	if [ -n "$(SEED)" ]; then go test ./test/sim -run "TestSeed$$" -seed $(SEED) -v; else go run ./test/run -only sim; fi
 
 fuzz: ## Every fuzz target, 30 s each
 	go run ./test/run -only fuzz -fuzztime 30s

@@ -8,6 +8,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sort"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -44,14 +46,20 @@ func (r *report) fail(format string, args ...any) {
 var (
 	long     = flag.Bool("long", false, "run the long variants too (FIRN_TEST_LONG=1)")
 	only     = flag.String("only", "", "run only these parts, separated by commas")
-	fuzzTime = flag.Duration("fuzztime", 2*time.Second, "how long each fuzz target runs")
+	fuzzTime = flag.Duration("fuzztime", 0, "how long each fuzz target runs (default 2s, with -long 20s)")
+	seeds    = flag.Int("seeds", 0, "how many seeds the simulation runs (default 50, with -long 200)")
 )
 
 func main() {
 	flag.Parse()
+	length := "short"
 	if *long {
+		length = "long"
 		os.Setenv("FIRN_TEST_LONG", "1")
+		*fuzzTime, *seeds = cmp.Or(*fuzzTime, 20*time.Second), cmp.Or(*seeds, 200)
 	}
+	*fuzzTime, *seeds = cmp.Or(*fuzzTime, 2*time.Second), cmp.Or(*seeds, 50)
+	os.Setenv("FIRN_SIM_SEEDS", strconv.Itoa(*seeds))
 	parts := []part{
 		{"tools", tools},
 		{"format", format},
@@ -59,7 +67,7 @@ func main() {
 		{"unit", unit},
 		{"race", race},
 		{"fuzz", fuzz},
-		{"sim", func(r *report) { goTest(r, "-timeout", "20m", "./test/sim/...") }},
+		{"sim", func(r *report) { goTest(r, "-timeout", "40m", "./test/sim/...") }},
 		{"e2e", func(r *report) { goTest(r, "-timeout", "30m", "./test/e2e/...") }},
 	}
 	if *only != "" {
@@ -76,14 +84,14 @@ func main() {
 		r := report{out: os.Stdout}
 		begin := time.Now()
 		p.run(&r)
-		fmt.Printf("%-8s %6.1f s   %d passed, %d failed\n", p.name, time.Since(begin).Seconds(), r.passed, r.failed)
+		fmt.Printf("%-8s %-5s %6.1f s   %d passed, %d failed\n", p.name, length, time.Since(begin).Seconds(), r.passed, r.failed)
 		total.passed += r.passed
 		total.failed += r.failed
 		if p.name == "tools" && r.failed > 0 {
 			break
 		}
 	}
-	fmt.Printf("total    %6.1f s\n", time.Since(start).Seconds())
+	fmt.Printf("total          %6.1f s\n", time.Since(start).Seconds())
 	fmt.Printf("%d passed, %d failed\n", total.passed, total.failed)
 	if total.failed > 0 {
 		os.Exit(1)
