@@ -236,6 +236,41 @@ func TestRefence(t *testing.T) {
 	}
 }
 
+// TestRefenceWithdrawsOldAttempts: what was in flight under the old epoch is sent
+// under the new one, and the old attempt's late answer ends nothing.
+func TestRefenceWithdrawsOldAttempts(t *testing.T) {
+	s := newScripted(t, 1<<30)
+	a := s.attach()
+	old := a.Owner().Epoch
+	var held []asked
+	s.script = func(q asked) bool {
+		if c := q.req.Command; c.OpSeq != 0 && q.req.Group == 1 {
+			held = append(held, q)
+			return true
+		}
+		return false
+	}
+	slow := s.write(a, 0, 0, 1)
+	s.until("the slow write", func() bool { return len(held) == 1 })
+	s.groups[2].record.Epoch++
+	s.groups[2].record.Nonce++
+	other := s.write(a, 1, 0, 1)
+	s.until("the new epoch", func() bool { return other.ended && len(held) == 2 })
+	if now := held[1].req.Command; now.Epoch <= old || now.OpSeq != 1 || !bytes.Equal(held[0].data, held[1].data) {
+		t.Errorf("sent again as %+v", now)
+	}
+	answer1(held[0], wire.OutcomeOldEpoch)
+	s.RunFor(100 * time.Millisecond)
+	if slow.ended || a.contested {
+		t.Error("a late answer under the old epoch counted")
+	}
+	answer1(held[1], wire.OutcomeApplied)
+	s.until("the slow write", func() bool { return slow.ended })
+	if slow.err != nil || a.stream(0).floor != 2 {
+		t.Errorf("%v, floor %d", slow.err, a.stream(0).floor)
+	}
+}
+
 // TestDeletedVolume: tombstones in the groups and no volume in the store end the
 // attachment; a store that merely lacks the volume does not.
 func TestDeletedVolume(t *testing.T) {

@@ -104,9 +104,8 @@ func TestReadsCarryTheHighestToken(t *testing.T) {
 	if written <= fence {
 		t.Errorf("token %v after the write, %v before", written, fence)
 	}
-	applied := []uint64{50, 40, 60}
-	for _, n := range applied {
-		want := a.Token(0)
+	want := written
+	for _, n := range []uint64{50, 40, 60, 59} {
 		s.script = func(q asked) bool {
 			if q.req.Token != want {
 				t.Errorf("read with token %v, want %v", q.req.Token, want)
@@ -116,6 +115,7 @@ func TestReadsCarryTheHighestToken(t *testing.T) {
 		}
 		r := s.read(t.Context(), a, 0, 0, 1)
 		s.until("read", func() bool { return r.ended })
+		want = max(want, block.MakeVersion(0, n))
 	}
 	if got := a.Token(0); got != block.MakeVersion(0, 60) {
 		t.Errorf("token %v at the end", got)
@@ -164,6 +164,28 @@ func TestReadsPassBadReplicas(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestSilentLeaderIsPassedBy: of many reads only a few pay for a node that does
+// not answer.
+func TestSilentLeaderIsPassedBy(t *testing.T) {
+	s := newScripted(t, 1<<30)
+	a := s.attach()
+	dead := s.groups[1].leader
+	s.silent[dead] = true
+	s.script = func(q asked) bool {
+		q.reply(wire.Response{Status: wire.StatusOK, Leader: dead, Applied: block.MakeVersion(0, 20),
+			Runs: []wire.Run{{Chunk: q.req.Chunk, Block: q.req.Block, Count: q.req.Count, State: block.Hole}}})
+		return true
+	}
+	began := s.Now()
+	for range 60 {
+		r := s.read(t.Context(), a, 0, 0, 1)
+		s.until("read", func() bool { return r.ended })
+	}
+	if took := s.Now().Sub(began); took > 1200*time.Millisecond {
+		t.Errorf("60 reads took %v", took)
 	}
 }
 

@@ -120,6 +120,35 @@ func TestLeaderFailsOver(t *testing.T) {
 	}
 }
 
+// TestNodesThatNameOneAnother as leader are not asked in a circle.
+func TestNodesThatNameOneAnother(t *testing.T) {
+	s := newScripted(t, 1<<30)
+	a := s.attach()
+	attempts := 0
+	s.script = func(q asked) bool {
+		attempts++
+		q.reply(wire.Response{Status: wire.StatusNotLeader, Leader: q.node%3 + 1})
+		return true
+	}
+	var outs []*outcome
+	for i := range 20 {
+		outs = append(outs, s.write(a, 0, block.Index(i), 1))
+	}
+	s.RunFor(time.Second)
+	if attempts > 1500 { // 3 nodes, 20 writes, 20 ticks, and the first round
+		t.Errorf("%d attempts in a second", attempts)
+	}
+	s.script = nil
+	s.until("writes", func() bool {
+		for _, o := range outs {
+			if !o.ended {
+				return false
+			}
+		}
+		return true
+	})
+}
+
 // TestRefusals: what apply refuses ends an operation with its kind.
 func TestRefusals(t *testing.T) {
 	for o, kind := range map[wire.Outcome]block.Kind{
