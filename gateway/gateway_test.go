@@ -1,0 +1,230 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/clock"
+	"firn.io/firn/internal/loop"
+)
+
+// shop is a Storage of one volume that counts.
+type shop struct {
+	t    *testing.T
+	loop *loop.System
+
+	mu       sync.Mutex
+	backends []*memory
+	name     string
+	gate     chan struct{} // attaches wait for it
+	err      error
+}
+
+func newShop(t *testing.T, after time.Duration) (*shop, *Gateway) {
+	s := &shop{t: t, loop: loop.NewSystem(clock.System{}, loop.DefaultLimits), name: "vol", gate: make(chan struct{})}
+	close(s.gate)
+	t.Cleanup(s.loop.Stop)
+	return s, New(Options{Loop: s.loop, DetachAfter: after, Storage: Storage{Attach: s.attach, Find: s.find, List: s.list}})
+}
+
+func (s *shop) attach(ctx context.Context, id block.VolumeID) (Backend, error) {
+	s.mu.Lock()
+	gate, err := s.gate, s.err
+	s.mu.Unlock()
+	select {
+	case <-gate:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if err != nil {
+		return nil, err
+	}
+	m := newMemory(s.t, s.loop, 1<<20)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.backends = append(s.backends, m)
+	return m, nil
+}
+
+func (s *shop) find(_ context.Context, name string) (block.Geometry, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if name != s.name {
+		return block.Geometry{}, block.Errorf(block.NotFound, "there is no volume %q", name)
+	}
+	return block.Geometry{Name: name, ID: block.VolumeID{1}, SizeBytes: 1 << 20}, nil
+}
+
+func (s *shop) list(context.Context) ([]block.Geometry, error) {
+	return []block.Geometry{{Name: s.name}}, nil
+}
+
+func (s *shop) attached() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.backends)
+}
+
+// closed tells how many backends were closed, as the loop knows it.
+func (s *shop) closed() (n int) {
+	s.loop.Call(func() {
+		for _, b := range s.backends {
+			if b.closed {
+				n++
+			}
+		}
+	})
+	return n
+}
+
+func open(t *testing.T, g *Gateway, name string) *Handle {
+	t.Helper()
+	h, err := g.Open(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+func TestOpenAttachesOnce(t *testing.T) {
+	s, g := newShop(t, time.Hour)
+	s.gate = make(chan struct{})
+	var wg sync.WaitGroup
+	handles := make([]*Handle, 8)
+	for i := range handles {
+		wg.Go(func() { handles[i] = open(t, g, "vol") })
+	}
+	close(s.gate)
+	wg.Wait()
+	if s.attached() != 1 {
+		t.Errorf("attached %d times", s.attached())
+	}
+	for _, h := range handles {
+		if err := h.WriteAt(t.Context(), make([]byte, 512), 0, 0); err != nil {
+			t.Error(err)
+		}
+	}
+	if v := g.Volumes(); len(v) != 1 || v[0].Clients != 8 || v[0].Stats.Writes != 8 {
+		t.Errorf("%+v", v)
+	}
+	for _, h := range handles {
+		h.Release()
+		h.Release()
+	}
+	if v := g.Volumes(); len(v) != 1 || v[0].Clients != 0 {
+		t.Errorf("%+v", v)
+	}
+	// A client that comes back in time finds the same attachment.
+	open(t, g, "vol").Release()
+	if s.attached() != 1 {
+		t.Errorf("attached %d times", s.attached())
+	}
+	if err := g.Close(t.Context()); err != nil || s.closed() != 1 {
+		t.Errorf("%v, %d closed", err, s.closed())
+	}
+	if _, err := g.Open(t.Context(), "vol"); !errors.Is(err, block.Unavailable) {
+		t.Errorf("open after close: %v", err)
+	}
+}
+
+func TestDetachAfterTheLastClient(t *testing.T) {
+	s, g := newShop(t, time.Millisecond)
+	h := open(t, g, "vol")
+	h2 := open(t, g, "vol")
+	h.Release()
+	if err := h2.WriteAt(t.Context(), make([]byte, 512), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	h2.Release()
+	for s.closed() == 0 {
+		s.loop.Call(func() {})
+	}
+	if err := h2.WriteAt(t.Context(), make([]byte, 512), 0, 0); !errors.Is(err, block.Canceled) {
+		t.Errorf("write after detach: %v", err)
+	}
+	open(t, g, "vol")
+	if s.attached() != 2 {
+		t.Errorf("attached %d times", s.attached())
+	}
+}
+
+func TestFailedAttachIsNotKept(t *testing.T) {
+	s, g := newShop(t, time.Hour)
+	s.err = block.Errorf(block.Busy, "taken")
+	if _, err := g.Open(t.Context(), "vol"); !errors.Is(err, block.Busy) {
+		t.Fatalf("%v", err)
+	}
+	if _, err := g.Open(t.Context(), "other"); !errors.Is(err, block.NotFound) {
+		t.Fatalf("%v", err)
+	}
+	s.mu.Lock()
+	s.err = nil
+	s.mu.Unlock()
+	open(t, g, "vol").Release()
+}
+
+// TestEndedVolumeIsReplaced: after another took the volume, a new client attaches
+// anew, and old handles fail.
+func TestEndedVolumeIsReplaced(t *testing.T) {
+	s, g := newShop(t, time.Hour)
+	h := open(t, g, "vol")
+	s.loop.Call(func() { s.backends[0].ended(block.Errorf(block.Fenced, "taken")) })
+	if err := h.Flush(t.Context()); !errors.Is(err, block.Fenced) {
+		t.Errorf("%v", err)
+	}
+	h2 := open(t, g, "vol")
+	if s.attached() != 2 {
+		t.Errorf("attached %d times", s.attached())
+	}
+	h.Release()
+	if err := h2.WriteAt(t.Context(), make([]byte, 512), 0, 0); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCallerGivesUpWhileAttaching(t *testing.T) {
+	s, g := newShop(t, time.Millisecond)
+	gate := make(chan struct{})
+	s.gate = gate
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := g.Open(ctx, "vol"); !errors.Is(err, block.Canceled) {
+		t.Fatalf("%v", err)
+	}
+	close(gate)
+	// What was attached for nobody is detached by itself.
+	for s.closed() == 0 {
+		s.loop.Call(func() {})
+	}
+}
+
+func TestDetachByForce(t *testing.T) {
+	s, g := newShop(t, time.Hour)
+	if err := g.Detach(t.Context(), block.VolumeID{1}, true); !errors.Is(err, block.NotFound) {
+		t.Errorf("%v", err)
+	}
+	h := open(t, g, "vol")
+	if err := g.Detach(t.Context(), block.VolumeID{1}, false); !errors.Is(err, block.Busy) {
+		t.Errorf("%v", err)
+	}
+	if err := g.Detach(t.Context(), block.VolumeID{1}, true); err != nil {
+		t.Fatal(err)
+	}
+	if s.closed() != 1 || len(g.Volumes()) != 0 {
+		t.Error("still attached")
+	}
+	if err := h.ReadAt(t.Context(), make([]byte, 512), 0); !errors.Is(err, block.Canceled) {
+		t.Errorf("%v", err)
+	}
+	h.Release()
+	open(t, g, "vol")
+	all, err := g.List(t.Context())
+	if err != nil || !slices.ContainsFunc(all, func(b block.Geometry) bool { return b.Name == "vol" }) {
+		t.Errorf("%v %v", all, err)
+	}
+}
