@@ -217,19 +217,25 @@ func zeroHead(f vfs.File) bool {
 }
 
 // probe looks into segments whose head is neither valid nor empty: torn while
-// it was opened, then nothing follows; or a head that has rotted.
+// it was opened anew, then nothing newer follows; or rotten. What holds batches
+// stays sealed until the index tells that it points at none of them.
 func (r *recovery) probe(odd []*segment) error {
 	for _, s := range odd {
-		h, found := r.resync(s, 1, 0, r.table.number)
-		if !found {
-			continue
+		h, newer := r.resync(s, 1, 0, r.table.number)
+		if !newer {
+			var older bool
+			if h, older = r.resync(s, 1, 0, 0); !older {
+				continue
+			}
 		}
 		if r.table.number == 0 {
 			return block.Errorf(block.Corrupt, "segment %d holds batches, and no state table can be read", s.id)
 		}
 		s.state, s.generation, s.last = sealed, h.generation, h.number
-		r.heads[s.id] = header{stream: h.stream, number: h.generation, generation: h.generation, segment: s.id}
-		r.table.claimed = append(r.table.claimed, segmentUse{s.id, h.generation})
+		if newer {
+			r.heads[s.id] = header{stream: h.stream, number: h.generation, generation: h.generation, segment: s.id}
+			r.table.claimed = append(r.table.claimed, segmentUse{s.id, h.generation})
+		}
 	}
 	return nil
 }

@@ -1,0 +1,105 @@
+package seglog
+
+import (
+	"bytes"
+	"testing"
+	"time"
+
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/loop"
+	"firn.io/firn/internal/payload"
+	"firn.io/firn/internal/vfs"
+)
+
+// pinned is an Owner that points at all blocks of some segments.
+type pinned map[SegmentID]bool
+
+func (p pinned) LiveBlocks(s SegmentID) int {
+	if p[s] {
+		return 8
+	}
+	return 0
+}
+func (p pinned) Live(s SegmentID, b uint16) bool                          { return p[s] }
+func (p pinned) Describe(ReplicaKey, EntryID, []byte) (r Record, ok bool) { return r, false }
+func (p pinned) ApplyMoves([]Move)                                        {}
+func (p pinned) NeedSpace()                                               {}
+func (p pinned) Damaged(Record, Location)                                 {}
+
+// A segment that no entry claims any more, but that the index points into, must
+// outlive the rot of its head (L4).
+func TestRottenHeadFreesNothingThatIsLive(t *testing.T) {
+	const segmentBytes = 128 << 10
+	fs := vfs.NewSim(0)
+	sb := Superblock{Disk: block.DiskID{1}, SegmentBytes: segmentBytes}
+	if err := Format(fs, "/d", sb); err != nil {
+		t.Fatal(err)
+	}
+	key := ReplicaKey{1, 1}
+	owner := pinned{1: true}
+	applied := EntryID{10, 5}
+	open := func() (*Log, *loop.World) {
+		t.Helper()
+		l, err := Open(fs, "/d", sb, Options{CapacityBytes: 12 * segmentBytes,
+			Applied: func(ReplicaKey) (EntryID, bool) { return applied, true },
+			Live:    func(s SegmentID, _ uint64) bool { return owner[s] }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := loop.NewWorld(1)
+		lp := w.NewLoop(nil)
+		w.At(w.Now(), func() { lp.Post(func() { l.Start(lp, owner) }) })
+		w.RunFor(time.Millisecond)
+		return l, w
+	}
+	fill := func(l *Log, w *loop.World, n int) {
+		t.Helper()
+		r := l.Replica(key)
+		for range n {
+			e := makeFilled(r.LastIndex()+1, 5)
+			r.Append(Write{Entries: []Entry{e}}, func(err error) {
+				if err != nil {
+					t.Error(err)
+				}
+			})
+			e.Payload.Release()
+			w.RunFor(20 * time.Millisecond)
+			applied = EntryID{r.LastIndex(), 5}
+			r.Append(Write{Truncate: &EntryID{r.LastIndex(), 5}}, func(error) {})
+			w.RunFor(20 * time.Millisecond)
+		}
+	}
+	l, w := open()
+	l.Create(key, EntryID{10, 5}, HardState{Term: 5}, func(error) {})
+	w.RunFor(20 * time.Millisecond)
+	fill(l, w, 16)
+	want := payload.New(segmentBytes - block.Size)
+	if err := l.ReadBlocks(Location{1, 1}, want.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+	ended := false
+	l.Close(func(error) { ended = true })
+	if !w.RunUntil(time.Second, func() bool { return ended }) {
+		t.Fatal("not closed")
+	}
+	if err := fs.Rot("/d/log/00000001.seg", 16, 8); err != nil {
+		t.Fatal(err)
+	}
+	l, w = open()
+	fill(l, w, 60)
+	got := payload.New(segmentBytes - block.Size)
+	if err := l.ReadBlocks(Location{1, 1}, got.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got.Bytes(), want.Bytes()) {
+		t.Fatal("a segment that the index points into was overwritten")
+	}
+}
+
+func makeFilled(index, term uint64) Entry {
+	p := payload.New(4 * block.Size)
+	for i := range p.Bytes() {
+		p.Bytes()[i] = byte(index)
+	}
+	return Entry{Term: term, Index: index, Data: []byte("x"), Payload: p}
+}
