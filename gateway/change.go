@@ -161,8 +161,13 @@ func (c *change) repad(size int64) {
 	}
 	last := len(c.pieces) - 1
 	p := &c.pieces[last]
-	if p.kind == pieceZero {
-		p.count--
+	if p.kind != pieceWrite {
+		if p.kind == pieceMark {
+			p.to--
+			c.addZero(block.Offset(p.to, 0), end-int64(rest))
+		} else {
+			p.count--
+		}
 		c.addData(end-int64(rest), end, nil, size, maxZeroPieces)
 		return
 	}
@@ -330,6 +335,9 @@ func (c *change) send() {
 			c.left++
 			c.v.backend.Zero(p.chunk, p.at, p.count, p.done)
 		case pieceMark:
+			if p.chunk == p.to {
+				continue
+			}
 			c.left++
 			c.v.backend.Mark(p.chunk, p.to, p.done)
 		}

@@ -270,32 +270,40 @@ func TestGrowBesidePaddedWrite(t *testing.T) {
 		"small trim":  func(c *change, size int64) { c.prepareZero(size-100, 100, size) },
 		"long write":  func(c *change, size int64) { c.prepareWrite(make([]byte, 20000), size-20000, size) },
 		"whole chunk": func(c *change, size int64) { c.prepareZero(100, size-100, size) },
+		"last chunk":  func(c *change, size int64) { c.prepareZero(4<<20, size-4<<20, size) },
 	} {
-		const size = 8<<20 + 1024
-		w := newWorld(t, 1, size)
-		c := &change{ctx: t.Context()}
-		c.init(w.v)
-		do(c, size)
-		// Meanwhile the device grows and the new end is written.
-		w.m.geom.SizeBytes = size + 2048
-		w.m.changed()
-		ended := 0
-		w.v.WriteAsync(t.Context(), bytes.Repeat([]byte{9}, 2048), size, func(err error) { ended++ })
-		w.until("write", func() bool { return ended == 1 })
-		c.finish = func() { ended++ }
-		c.start()
-		w.until("padded change", func() bool { return ended == 2 })
-		if c.err != nil {
-			t.Fatalf("%s: %v", name, c.err)
+		// The last block lies in a chunk of its own, or ends one.
+		for _, size := range []int64{8<<20 + 1024, 8<<20 - 3072} {
+			growBeside(t, name, size, do)
 		}
-		w.v.ReadAsync(t.Context(), size-100, 2148, func(p []byte, err error) {
-			ended++
-			if want := bytes.Repeat([]byte{9}, 2048); err != nil || !bytes.Equal(p[100:], want) || p[99] == 9 {
-				t.Errorf("%s: %v, the new end was lost", name, err)
-			}
-		})
-		w.until("read", func() bool { return ended == 3 })
 	}
+}
+
+func growBeside(t *testing.T, name string, size int64, do func(c *change, size int64)) {
+	t.Helper()
+	w := newWorld(t, 1, size)
+	c := &change{ctx: t.Context()}
+	c.init(w.v)
+	do(c, size)
+	// Meanwhile the device grows and the new end is written.
+	w.m.geom.SizeBytes = size + 2048
+	w.m.changed()
+	ended := 0
+	w.v.WriteAsync(t.Context(), bytes.Repeat([]byte{9}, 2048), size, func(err error) { ended++ })
+	w.until("write", func() bool { return ended == 1 })
+	c.finish = func() { ended++ }
+	c.start()
+	w.until("padded change", func() bool { return ended == 2 })
+	if c.err != nil {
+		t.Fatalf("%s: %v", name, c.err)
+	}
+	w.v.ReadAsync(t.Context(), size-100, 2148, func(p []byte, err error) {
+		ended++
+		if want := bytes.Repeat([]byte{9}, 2048); err != nil || !bytes.Equal(p[100:], want) || p[99] == 9 {
+			t.Errorf("%s: %v, the new end was lost", name, err)
+		}
+	})
+	w.until("read", func() bool { return ended == 3 })
 }
 
 func TestUnwrittenEdgesOfTrimsCostNothing(t *testing.T) {
