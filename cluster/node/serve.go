@@ -154,6 +154,12 @@ func (n *Node) replicate(o *op, p *payload.Buf) {
 		disks = n.space.began(o.rep, bytes)
 	}
 	propose := func() {
+		if o.rep.group == nil { // its disk failed while the write waited
+			n.space.ended(disks, bytes)
+			p.Release()
+			o.refuse(wire.StatusNotReady, "")
+			return
+		}
 		o.rep.group.Propose(cmd, p, func(res wire.ApplyResult, st wire.Status) {
 			n.space.ended(disks, bytes)
 			resp := wire.Response{Status: st, Result: res}
