@@ -3,8 +3,8 @@
 // brings each operation to a definite end, however often nodes, connections and
 // leaders change meanwhile.
 //
-// Client is a single-threaded core: its methods are called on its Loop, except
-// those in files named shell*.go, which block and may be called from anywhere.
+// Client is a single-threaded core: it is called on its Loop, and tells what
+// became of something by calling back on it. Nothing here blocks.
 //
 // How the parts fit:
 //
@@ -77,7 +77,6 @@ type Client struct {
 	log  *slog.Logger
 
 	ctx     context.Context // of Start: bounds calls of the metadata store
-	stopped signal          // given by Stop
 	cancel  context.CancelFunc
 	session *meta.Session
 	lease   meta.LeaseID // that the gateway is registered under
@@ -133,7 +132,7 @@ func New(cfg Config) *Client {
 	if cfg.OwnerAddr == "" {
 		cfg.OwnerAddr = cfg.Gateway.Addr
 	}
-	c := &Client{stopped: newSignal(), cfg: cfg, loop: cfg.Loop, log: cfg.Log, conns: map[block.NodeID]*conn{}, groups: map[block.GroupID]*group{},
+	c := &Client{cfg: cfg, loop: cfg.Loop, log: cfg.Log, conns: map[block.NodeID]*conn{}, groups: map[block.GroupID]*group{},
 		calls: map[uint64]*call{}, attachments: map[block.VolumeID]*Attachment{},
 		attaching: map[block.VolumeID]*attaching{}}
 	c.nodes = meta.NewMirror(c.loop, cfg.Store, meta.NodesPrefix, c.nodeChanged, nil)
@@ -192,7 +191,6 @@ func (c *Client) Stop(done func(error)) {
 
 func (c *Client) shut() {
 	c.cancel()
-	c.stopped.give()
 	for _, cn := range c.conns {
 		cn.peer.Close()
 	}

@@ -23,10 +23,11 @@ type shop struct {
 	name     string
 	gate     chan struct{} // attaches wait for it
 	err      error
+	away     bool // the metadata cannot be asked
 }
 
 func newShop(t *testing.T, after time.Duration) (*shop, *Gateway) {
-	s := &shop{t: t, loop: loop.NewSystem(clock.System{}, loop.DefaultLimits), name: "vol", gate: make(chan struct{})}
+	s := &shop{t: t, loop: loop.NewSystem(clock.System{}, loop.DefaultLimits), name: "test", gate: make(chan struct{})}
 	close(s.gate)
 	t.Cleanup(s.loop.Stop)
 	return s, New(Options{Loop: s.loop, DetachAfter: after, Storage: Storage{Attach: s.attach, Find: s.find, List: s.list}})
@@ -54,10 +55,13 @@ func (s *shop) attach(ctx context.Context, id block.VolumeID) (Backend, error) {
 func (s *shop) find(_ context.Context, name string) (block.Geometry, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.away {
+		return block.Geometry{}, block.Errorf(block.Unavailable, "no answer")
+	}
 	if name != s.name {
 		return block.Geometry{}, block.Errorf(block.NotFound, "there is no volume %q", name)
 	}
-	return block.Geometry{Name: name, ID: block.VolumeID{1}, SizeBytes: 1 << 20}, nil
+	return block.Geometry{Name: "test", ID: block.VolumeID{1}, SizeBytes: 1 << 20}, nil
 }
 
 func (s *shop) list(context.Context) ([]block.Geometry, error) {
@@ -97,7 +101,7 @@ func TestOpenAttachesOnce(t *testing.T) {
 	var wg sync.WaitGroup
 	handles := make([]*Handle, 8)
 	for i := range handles {
-		wg.Go(func() { handles[i] = open(t, g, "vol") })
+		wg.Go(func() { handles[i] = open(t, g, "test") })
 	}
 	close(s.gate)
 	wg.Wait()
@@ -120,22 +124,22 @@ func TestOpenAttachesOnce(t *testing.T) {
 		t.Errorf("%+v", v)
 	}
 	// A client that comes back in time finds the same attachment.
-	open(t, g, "vol").Release()
+	open(t, g, "test").Release()
 	if s.attached() != 1 {
 		t.Errorf("attached %d times", s.attached())
 	}
 	if err := g.Close(t.Context()); err != nil || s.closed() != 1 {
 		t.Errorf("%v, %d closed", err, s.closed())
 	}
-	if _, err := g.Open(t.Context(), "vol"); !errors.Is(err, block.Unavailable) {
+	if _, err := g.Open(t.Context(), "test"); !errors.Is(err, block.Unavailable) {
 		t.Errorf("open after close: %v", err)
 	}
 }
 
 func TestDetachAfterTheLastClient(t *testing.T) {
 	s, g := newShop(t, time.Millisecond)
-	h := open(t, g, "vol")
-	h2 := open(t, g, "vol")
+	h := open(t, g, "test")
+	h2 := open(t, g, "test")
 	h.Release()
 	if err := h2.WriteAt(t.Context(), make([]byte, 512), 0, 0); err != nil {
 		t.Fatal(err)
@@ -147,7 +151,7 @@ func TestDetachAfterTheLastClient(t *testing.T) {
 	if err := h2.WriteAt(t.Context(), make([]byte, 512), 0, 0); !errors.Is(err, block.Canceled) {
 		t.Errorf("write after detach: %v", err)
 	}
-	open(t, g, "vol")
+	open(t, g, "test")
 	if s.attached() != 2 {
 		t.Errorf("attached %d times", s.attached())
 	}
@@ -156,7 +160,7 @@ func TestDetachAfterTheLastClient(t *testing.T) {
 func TestFailedAttachIsNotKept(t *testing.T) {
 	s, g := newShop(t, time.Hour)
 	s.err = block.Errorf(block.Busy, "taken")
-	if _, err := g.Open(t.Context(), "vol"); !errors.Is(err, block.Busy) {
+	if _, err := g.Open(t.Context(), "test"); !errors.Is(err, block.Busy) {
 		t.Fatalf("%v", err)
 	}
 	if _, err := g.Open(t.Context(), "other"); !errors.Is(err, block.NotFound) {
@@ -165,19 +169,19 @@ func TestFailedAttachIsNotKept(t *testing.T) {
 	s.mu.Lock()
 	s.err = nil
 	s.mu.Unlock()
-	open(t, g, "vol").Release()
+	open(t, g, "test").Release()
 }
 
 // TestEndedVolumeIsReplaced: after another took the volume, a new client attaches
 // anew, and old handles fail.
 func TestEndedVolumeIsReplaced(t *testing.T) {
 	s, g := newShop(t, time.Hour)
-	h := open(t, g, "vol")
+	h := open(t, g, "test")
 	s.loop.Call(func() { s.backends[0].ended(block.Errorf(block.Fenced, "taken")) })
 	if err := h.Flush(t.Context()); !errors.Is(err, block.Fenced) {
 		t.Errorf("%v", err)
 	}
-	h2 := open(t, g, "vol")
+	h2 := open(t, g, "test")
 	if s.attached() != 2 {
 		t.Errorf("attached %d times", s.attached())
 	}
@@ -193,7 +197,7 @@ func TestCallerGivesUpWhileAttaching(t *testing.T) {
 	s.gate = gate
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := g.Open(ctx, "vol"); !errors.Is(err, block.Canceled) {
+	if _, err := g.Open(ctx, "test"); !errors.Is(err, block.Canceled) {
 		t.Fatalf("%v", err)
 	}
 	close(gate)
@@ -208,7 +212,7 @@ func TestDetachByForce(t *testing.T) {
 	if err := g.Detach(t.Context(), block.VolumeID{1}, true); !errors.Is(err, block.NotFound) {
 		t.Errorf("%v", err)
 	}
-	h := open(t, g, "vol")
+	h := open(t, g, "test")
 	if err := g.Detach(t.Context(), block.VolumeID{1}, false); !errors.Is(err, block.Busy) {
 		t.Errorf("%v", err)
 	}
@@ -222,9 +226,25 @@ func TestDetachByForce(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	h.Release()
-	open(t, g, "vol")
+	open(t, g, "test")
 	all, err := g.List(t.Context())
-	if err != nil || !slices.ContainsFunc(all, func(b block.Geometry) bool { return b.Name == "vol" }) {
+	if err != nil || !slices.ContainsFunc(all, func(b block.Geometry) bool { return b.Name == "test" }) {
 		t.Errorf("%v %v", all, err)
+	}
+}
+
+// TestReconnectWithoutMetadata: what is open stays reachable, what is not is not.
+func TestReconnectWithoutMetadata(t *testing.T) {
+	s, g := newShop(t, time.Hour)
+	h := open(t, g, "test")
+	s.mu.Lock()
+	s.away = true
+	s.mu.Unlock()
+	h2 := open(t, g, "test")
+	if h2.Volume != h.Volume {
+		t.Error("another volume")
+	}
+	if _, err := g.Open(t.Context(), "other"); !errors.Is(err, block.Unavailable) {
+		t.Errorf("%v", err)
 	}
 }

@@ -86,16 +86,27 @@ func (g *Gateway) List(ctx context.Context) ([]block.Geometry, error) {
 	return g.opt.Storage.List(ctx)
 }
 
-// Find tells what Open would give, without attaching.
+// Find tells what Open would give, without attaching. A volume that is open here
+// is found also while the cluster's metadata cannot be asked, so that its clients
+// can reconnect.
 func (g *Gateway) Find(ctx context.Context, name string) (block.Geometry, error) {
-	return g.opt.Storage.Find(ctx, name)
+	geometry, err := g.opt.Storage.Find(ctx, name)
+	if err == nil || block.KindOf(err) != block.Unavailable {
+		return geometry, err
+	}
+	for _, v := range g.Volumes() {
+		if v.Geometry.Name == name {
+			return v.Geometry, nil
+		}
+	}
+	return block.Geometry{}, err
 }
 
 // Open attaches the volume of that name if it is not attached here, and returns
 // a use of it. Kinds NotFound, Busy (another gateway has it; the text names it),
 // Unavailable, Canceled.
 func (g *Gateway) Open(ctx context.Context, name string) (*Handle, error) {
-	geometry, err := g.opt.Storage.Find(ctx, name)
+	geometry, err := g.Find(ctx, name)
 	if err != nil {
 		return nil, err
 	}
