@@ -292,7 +292,7 @@ func (d *disk) abandon() error {
 	return cmp.Or(first, d.lock.Close())
 }
 
-// size is what Firn may fill; taken what it has (S7).
+// size is what Firn may fill.
 func (d *disk) size() int64 {
 	if d.log == nil {
 		return d.cfg.CapacityBytes
@@ -300,10 +300,9 @@ func (d *disk) size() int64 {
 	return d.log.Space().TotalBytes
 }
 
-func (d *disk) taken() int64 {
-	sp := d.log.Space()
-	return min(sp.LiveBytes+sp.ClaimedBytes, sp.TotalBytes-sp.FreeBytes)
-}
+// taken is what counts as full of it (S7). Segments that the log claims count
+// whole: what is dead in them cannot be collected before they are truncated.
+func (d *disk) taken() int64 { return d.log.Space().HeldBytes }
 
 func (d *disk) logCap() int64 {
 	return cmp.Or(d.node.cfg.Pace.LogBytes, max(minLogBytes, min(maxLogBytes, d.size()*logPercent/100)))

@@ -114,7 +114,9 @@ func (g *Group) Leader() (node block.NodeID, replica block.ReplicaID, ok bool) {
 }
 
 // SlowestMatch is the highest index that all members are known to hold
-// durably, as the leader last told; 0 if unknown. Truncation within the log's
+// durably, as leaders have told. What all hold is committed and stays so: it
+// never falls, though a new leader has to learn it again, and may have to from
+// members whose disks are too full to answer before they have truncated. Truncation within the log's
 // cap stays at or below it (L7).
 func (g *Group) SlowestMatch() uint64 { return g.slowest }
 

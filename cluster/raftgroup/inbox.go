@@ -103,7 +103,7 @@ func (h *Host) receiveBeats(msg transport.Message) {
 					b.group, b.message.GetCommit(), g.lastIndex()))
 				return
 			}
-			g.slowest = b.slowest
+			g.slowest = max(g.slowest, b.slowest)
 		}
 		g.step(b.message)
 	})

@@ -324,8 +324,8 @@ func (h *Host) watchLane(l *lane) {
 func (g *Group) beat(l *lane, m *pb.Message) {
 	slowest := uint64(0)
 	if m.GetType() == pb.MsgHeartbeat {
-		slowest = g.findSlowest()
-		g.slowest = slowest
+		g.slowest = max(g.slowest, g.findSlowest())
+		slowest = g.slowest
 	}
 	l.beats = appendBeat(l.beats, g.cfg.Group, m, slowest)
 	l.beatCount++

@@ -125,7 +125,7 @@ func (g *Group) turn(st *raft.SoftState) {
 	}
 	g.role, g.lead = st.RaftState, block.ReplicaID(st.Lead)
 	if g.role == raft.StateLeader {
-		g.slowest, g.awayUntil = 0, 0
+		g.awayUntil = 0
 	}
 	if g.cfg.Changed != nil {
 		g.host.loop.Post(func() {

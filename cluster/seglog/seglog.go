@@ -141,10 +141,13 @@ type Space struct {
 	FileBytes    int64 // taken from the file system
 	LiveBytes    int64 // what the index points at
 	ClaimedBytes int64 // payload of entries above the truncation; overlaps LiveBytes
-	FreeBytes    int64 // segments that can be written at once, or could be made
-	ReusedBytes  int64 // freed segments since open
-	MovedBytes   int64 // payload that collection has copied since open
-	Pins         int   // held
+	// HeldBytes is what collection cannot gain: segments with claims in whole,
+	// and what is live in others.
+	HeldBytes   int64
+	FreeBytes   int64 // segments that can be written at once, or could be made
+	ReusedBytes int64 // freed segments since open
+	MovedBytes  int64 // payload that collection has copied since open
+	Pins        int   // held
 }
 
 // Stats counts since open.

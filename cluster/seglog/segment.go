@@ -336,6 +336,11 @@ func (l *Log) Space() Space {
 		if s.state == sealed || s.state == open {
 			sp.LiveBytes += int64(l.live(s)) * block.Size
 			sp.ClaimedBytes += s.claimBlocks * block.Size
+			if s.claims > 0 || s.state == open {
+				sp.HeldBytes += l.sb.SegmentBytes
+			} else {
+				sp.HeldBytes += int64(l.live(s)) * block.Size
+			}
 		}
 	}
 	_, possible := l.usable()

@@ -32,7 +32,7 @@ func TestSeeds(t *testing.T) {
 		r, err := Run(o)
 		t.Log(r)
 		if err != nil {
-			t.Fatalf("seed %d: %v\nreplay: go test ./test/sim -run TestSeed$ -seed %d -v", o.Seed, err, o.Seed)
+			t.Errorf("seed %d: %v\nreplay: go test ./test/sim -run TestSeed$ -seed %d -v", o.Seed, err, o.Seed)
 		}
 	}
 }
