@@ -85,7 +85,7 @@ func (a *Attachment) retake() {
 	})
 }
 
-// refence installs the new epoch and sends what is pending under it.
+// refence installs the new epoch, after which what is pending is sent under it.
 func (a *Attachment) refence(got meta.Acquired) {
 	c := a.client
 	a.checking = true
@@ -103,14 +103,37 @@ func (a *Attachment) refence(got meta.Acquired) {
 			a.owner.Epoch = max(a.owner.Epoch, f.seen)
 			c.loop.After(metaRetry, a.checkOwner)
 		default:
-			a.contested, a.paused = false, false
 			for _, s := range a.streams {
 				s.withdraw()
 				s.raise(f.tokens[s.group.id])
-				s.reissue()
 			}
+			if !got.Wait {
+				a.resume()
+				return
+			}
+			// Whoever had the epoch that the groups knew may serve reads until its
+			// lease has run out (F3).
+			a.checking = true
+			c.loop.After(meta.OwnerTTL, func() {
+				a.checking = false
+				a.resume()
+			})
 		}
 	})
+}
+
+// resume sends what is pending under the epoch that was installed.
+func (a *Attachment) resume() {
+	if a.over != nil {
+		return
+	}
+	a.contested, a.paused = false, false
+	for _, s := range a.streams {
+		s.reissue()
+	}
+	if a.checkAgain {
+		a.checkOwner()
+	}
 }
 
 // refresh reads the volume's layout again, after a node has said that it changed.
