@@ -292,13 +292,13 @@ func (r *recovery) begin() {
 	}
 }
 
-// scanAll reads the claimed and the open segments: survivors first, for they
-// change no state, then fresh ones in the order of their batches.
+// scanAll reads the claimed and the open segments: fresh ones in the order of
+// their batches, then survivors, which may hold what a cut in a fresh one voided.
 func (r *recovery) scanAll() error {
 	uses := append(slices.Clone(r.table.claimed), segmentUse{r.table.segment, r.table.generation})
 	sort.Slice(uses, func(i, j int) bool { return uses[i].generation < uses[j].generation })
 	uses = slices.CompactFunc(uses, func(a, b segmentUse) bool { return a.generation == b.generation })
-	var freshUses []segmentUse
+	var later []func()
 	for _, u := range uses {
 		s := r.l.segment(u.id)
 		if s == nil || s.file == nil {
@@ -318,13 +318,13 @@ func (r *recovery) scanAll() error {
 			s.state, s.generation, s.last = sealed, u.generation, u.generation
 		}
 		if stream == fresh {
-			freshUses = append(freshUses, u)
+			r.scan(s, fresh)
 		} else {
-			r.scan(s, stream)
+			later = append(later, func() { r.scan(s, stream) })
 		}
 	}
-	for _, u := range freshUses {
-		r.scan(r.l.segment(u.id), fresh)
+	for _, scan := range later {
+		scan()
 	}
 	r.release()
 	return nil
@@ -359,6 +359,9 @@ func (r *recovery) scan(s *segment, stream uint8) {
 			r.accept(sc)
 		}
 		sc.held, sc.end, sc.sealed = &b, b.next(), b.kind == kindSeal
+		if b.payloadBlocks == 0 {
+			r.accept(sc) // the header is all there is of it
+		}
 	}
 }
 
@@ -459,7 +462,11 @@ func (r *recovery) applied(b *batch) bool {
 func (r *recovery) replay(b *batch) {
 	switch {
 	case b.kind == kindTable && b.number > r.table.number: // a cut within a segment
-		r.voids = append(r.voids, b.voids...)
+		for _, v := range b.voids {
+			if !slices.Contains(r.voids, v) {
+				r.voids = append(r.voids, v)
+			}
+		}
 		for i := range b.sections {
 			if x := r.reps[b.sections[i].key]; x != nil {
 				x.state(&b.sections[i], b.number)
