@@ -30,8 +30,12 @@ type Stamp struct {
 // Sector layout, little-endian:
 //
 //	0 magic u64 | 8 volume 16 B | 24 sector u64 | 32 writer u32 | 36 zero u32
-//	40 seq u64 | 48 filler of 460 B drawn from seq | 508 CRC32C u32 of 0..507
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+//	40 seq u64 | 48 filler of 460 B drawn from seq | 508 CRC-32 u32 of 0..507
+//
+// The checksum is not a CRC32C, the one that Firn guards blocks with: bytes
+// followed by their own CRC bring that CRC to one constant, so that all stamped
+// blocks would have the same, and no torn block would be found.
+var ieee = crc32.IEEETable
 
 // Put writes s over p, which is one sector long.
 func (s Stamp) Put(p []byte) {
@@ -50,7 +54,7 @@ func (s Stamp) Put(p []byte) {
 		binary.LittleEndian.PutUint64(p[i:], x)
 	}
 	binary.LittleEndian.PutUint32(p[504:], 0)
-	binary.LittleEndian.PutUint32(p[508:], crc32.Checksum(p[:508], castagnoli))
+	binary.LittleEndian.PutUint32(p[508:], crc32.Checksum(p[:508], ieee))
 }
 
 // Parse reads the stamp of a sector. It fails on bytes that no Put made and
@@ -64,7 +68,7 @@ func Parse(p []byte) (Stamp, error) {
 	if got := binary.LittleEndian.Uint64(p); got != magic {
 		return s, fmt.Errorf("no stamp: begins with %#x", got)
 	}
-	if crc32.Checksum(p[:508], castagnoli) != binary.LittleEndian.Uint32(p[508:]) {
+	if crc32.Checksum(p[:508], ieee) != binary.LittleEndian.Uint32(p[508:]) {
 		return s, fmt.Errorf("checksum of the stamp is wrong")
 	}
 	copy(s.Volume[:], p[8:])
