@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"testing"
 	"time"
@@ -42,11 +43,18 @@ type lab struct {
 	meta    *meta.Mem
 	fabric  *inproc.Fabric
 	nodes   []*machine
+	// capacity is what each disk may fill, in bytes.
+	capacity int64
 }
 
 func newLab(t *testing.T, nodes int) *lab {
 	t.Helper()
-	l := &lab{t: t, ctx: context.Background(), cluster: block.NewUUID(), meta: meta.NewMem(clock.System{}), fabric: inproc.NewFabric(nil)}
+	return newLabOf(t, nodes, 256<<20)
+}
+
+func newLabOf(t *testing.T, nodes int, capacity int64) *lab {
+	t.Helper()
+	l := &lab{t: t, ctx: context.Background(), cluster: block.NewUUID(), meta: meta.NewMem(clock.System{}), fabric: inproc.NewFabric(nil), capacity: capacity}
 	for i := range nodes {
 		m := &machine{t: t, lab: l, id: block.NodeID(i + 1), dir: t.TempDir()}
 		l.nodes = append(l.nodes, m)
@@ -69,7 +77,7 @@ func (m *machine) start() {
 	fs := vfs.NewOS()
 	n, err := node.Run(m.lab.ctx, m.loop, node.Config{
 		ID: m.id, Cluster: m.lab.cluster, Listen: addr, Boot: "boot", FS: fs,
-		Disks: []node.DiskConfig{{Dir: m.dir, CapacityBytes: 256 << 20}},
+		Disks: []node.DiskConfig{{Dir: m.dir, CapacityBytes: m.lab.capacity}},
 		OpenStore: func(dir string) (index.Store, error) {
 			return pebblestore.Open(dir, pebblestore.Options{CacheBytes: 1 << 20, MemTableBytes: 1 << 20})
 		},
@@ -426,5 +434,44 @@ func TestSingleNode(t *testing.T) {
 	l.nodes[0].start()
 	if got := a.read(1, 2, 17, 256); !bytes.Equal(got, p) {
 		t.Error("a restart changed the data")
+	}
+}
+
+// A volume that is overwritten again and again in random order fits a disk of
+// three times its size: collection goes on after its first runs, and what it
+// moved is let go of when nothing else is applied.
+func TestOverwrite(t *testing.T) {
+	t.Parallel()
+	const volume = 16 << 20
+	l := newLabOf(t, 1, 3*volume)
+	v := l.volume("churn", volume)
+	c := newClient(l)
+	a := c.attach(v, 1)
+
+	const pieceBlocks = 64
+	random := rand.New(rand.NewPCG(1, 2))
+	seeds := make([]int, volume/block.Size/pieceBlocks)
+	at := func(piece int) (block.Chunk, block.Index) {
+		b := piece * pieceBlocks
+		return block.Chunk(b / block.BlocksPerChunk), block.Index(b % block.BlocksPerChunk)
+	}
+	for i := range 10 * len(seeds) {
+		piece := random.IntN(len(seeds))
+		seeds[piece] = i + 1
+		ch, b := at(piece)
+		// Some blocks of each piece live longer than the rest.
+		a.write(ch, b+block.Index(i%8), pattern(seeds[piece], pieceBlocks)[i%8*block.Size:])
+		if i%8 != 0 {
+			a.write(ch, b, pattern(seeds[piece], i%8))
+		}
+	}
+	for piece, seed := range seeds {
+		if seed == 0 {
+			continue
+		}
+		ch, b := at(piece)
+		if got := a.read(1, ch, b, pieceBlocks); !bytes.Equal(got, pattern(seed, pieceBlocks)) {
+			t.Fatalf("piece %d does not hold its last write", piece)
+		}
 	}
 }

@@ -80,7 +80,7 @@ func (d *disk) due(now clock.Instant) []*replica {
 	for _, rep := range d.replicas() {
 		p := rep.state.Pending()
 		updates += p.Updates
-		if p.Entries == 0 || p.Busy {
+		if p.Entries == 0 && p.Updates == 0 || p.Busy {
 			continue
 		}
 		changed = append(changed, rep)
@@ -119,6 +119,7 @@ func (d *disk) checkpoint(reps []*replica, done func(error)) {
 			d.run(d.index.StartFlush(), func(err error) {
 				if err == nil {
 					d.node.counters.Flushes++
+					d.log.Poke()
 				}
 				finish(err)
 			})
