@@ -156,11 +156,15 @@ const (
 // section is what a batch says about one replica: always its whole state after
 // the section, so that a later one makes up for a lost earlier one, and entries.
 type section struct {
-	key     ReplicaKey
-	flags   uint8
-	hard    HardState
-	trunc   EntryID
-	last    uint64 // last index of the log after this section
+	key   ReplicaKey
+	flags uint8
+	hard  HardState
+	trunc EntryID
+	last  uint64 // last index of the log after this section
+	// prev is the term of the entry before entries[0], or of last without
+	// entries: it tells when what stood there was overwritten by a batch that
+	// has rotted.
+	prev    uint64
 	first   uint64 // index of entries[0]
 	entries []entryRecord
 }
@@ -214,7 +218,7 @@ func newEncoder(buf []byte) encoder { return encoder{area: buf[:fixedBytes]} }
 // sectionBytes bounds an encoded section without entries; entryBytes an entry
 // without its data; moveBytes a moved record without its CRCs.
 const (
-	sectionBytes = 2 + 10*binary.MaxVarintLen64
+	sectionBytes = 2 + 11*binary.MaxVarintLen64
 	entryBytes   = 4 + 3*binary.MaxVarintLen64
 	moveBytes    = 1 + 16 + 7*binary.MaxVarintLen64
 )
@@ -222,7 +226,7 @@ const (
 func (e *encoder) section(s *section, entries int) {
 	a := append(e.area, recSection, s.flags)
 	for _, v := range [...]uint64{uint64(s.key.Group), uint64(s.key.Replica), s.hard.Term, s.hard.Vote, s.hard.Commit,
-		s.trunc.Index, s.trunc.Term, s.last, uint64(entries)} {
+		s.trunc.Index, s.trunc.Term, s.last, s.prev, uint64(entries)} {
 		a = binary.AppendUvarint(a, v)
 	}
 	if entries > 0 {
@@ -380,7 +384,7 @@ func decodeSection(r *reader, b *batch, at uint32) uint32 {
 	s.key = ReplicaKey{block.GroupID(r.uvarint()), block.ReplicaID(r.uvarint())}
 	s.hard = HardState{r.uvarint(), r.uvarint(), r.uvarint()}
 	s.trunc = EntryID{r.uvarint(), r.uvarint()}
-	s.last = r.uvarint()
+	s.last, s.prev = r.uvarint(), r.uvarint()
 	n := r.count(7)
 	if n > 0 {
 		s.first = r.uvarint()

@@ -70,7 +70,7 @@ type rebuilt struct {
 	terms []uint64
 	hard  HardState
 	trunc EntryID
-	last  uint64
+	last  EntryID
 	cover uint64 // number of the newest batch that told the whole state
 	gap   string
 }
@@ -287,7 +287,7 @@ func (r *recovery) begin() {
 	r.last, r.durable = r.table.header, r.table.durable
 	for i := range r.table.sections {
 		s := &r.table.sections[i]
-		r.reps[s.key] = &rebuilt{key: s.key, base: s.trunc.Index, hard: s.hard, trunc: s.trunc, last: s.last, cover: r.table.number}
+		r.reps[s.key] = &rebuilt{key: s.key, base: s.trunc.Index, hard: s.hard, trunc: s.trunc, last: EntryID{s.last, s.prev}, cover: r.table.number}
 		r.reps[s.key].table(s)
 	}
 }
@@ -499,6 +499,9 @@ func (r *recovery) replaySection(b *batch, s *section, ord int) {
 			x.base = s.trunc.Index
 		}
 	}
+	if len(s.entries) > 0 {
+		x.expect(EntryID{s.first - 1, s.prev})
+	}
 	for i, e := range s.entries {
 		x.place(s.first+uint64(i), e.term, slot{segment: b.segment, bytes: e.payloadBytes, batch: uint16(b.block),
 			ord: uint16(ord + i), payload: uint16(e.payload)}, i == 0)
@@ -515,7 +518,10 @@ func (r *recovery) replaySection(b *batch, s *section, ord int) {
 
 // state takes over what a section says about the whole replica.
 func (x *rebuilt) state(s *section, number uint64) {
-	x.hard, x.trunc, x.last, x.cover = s.hard, s.trunc, s.last, number
+	x.hard, x.trunc, x.last, x.cover = s.hard, s.trunc, EntryID{s.last, s.prev}, number
+	if n := len(s.entries); n > 0 {
+		x.last.Term = s.entries[n-1].term
+	}
 	if n := max(s.last, x.base) - x.base; n < uint64(len(x.slots)) {
 		x.slots, x.terms = x.slots[:n], x.terms[:n]
 	}
@@ -525,6 +531,17 @@ func (x *rebuilt) state(s *section, number uint64) {
 func (x *rebuilt) table(s *section) {
 	if s.flags&sectionDamaged != 0 {
 		x.gap = "an earlier start found it damaged"
+	}
+}
+
+// expect makes a hole where another entry is than the log had there: a batch
+// that has rotted overwrote it.
+func (x *rebuilt) expect(id EntryID) {
+	if id.Index <= x.base || id.Index-x.base > uint64(len(x.slots)) {
+		return
+	}
+	if at := id.Index - x.base - 1; x.terms[at] != id.Term {
+		x.slots[at], x.terms[at] = slot{}, 0
 	}
 }
 
@@ -624,9 +641,10 @@ func (r *recovery) settle() {
 // last; the log goes on at applied if it does not hold that entry.
 func (x *rebuilt) build(l *Log, applied EntryID, known bool) *Replica {
 	rep := &Replica{log: l, key: x.key, trunc: x.trunc, hard: x.hard, durable: x.trunc.Index}
+	x.expect(x.last)
 	missing := uint64(0) // highest index that is missing
 	first := uint64(0)
-	for i := x.trunc.Index + 1; i <= x.last && i <= x.base+uint64(len(x.slots)); i++ {
+	for i := x.trunc.Index + 1; i <= x.last.Index && i <= x.base+uint64(len(x.slots)); i++ {
 		if x.slots[i-x.base-1].segment == 0 {
 			missing = i
 			if first == 0 {
@@ -634,13 +652,13 @@ func (x *rebuilt) build(l *Log, applied EntryID, known bool) *Replica {
 			}
 		}
 	}
-	if end := x.base + uint64(len(x.slots)); x.last > max(end, x.trunc.Index) {
-		missing = x.last
+	if end := x.base + uint64(len(x.slots)); x.last.Index > max(end, x.trunc.Index) {
+		missing = x.last.Index
 		if first == 0 {
 			first = max(end, x.trunc.Index) + 1
 		}
 	}
-	last := x.last
+	last := x.last.Index
 	from := x.trunc.Index + 1
 	switch {
 	case missing == 0:
@@ -669,7 +687,7 @@ func (x *rebuilt) build(l *Log, applied EntryID, known bool) *Replica {
 		rep.hard.Commit = max(rep.hard.Commit, applied.Index)
 		rep.hard.Term = max(rep.hard.Term, applied.Term)
 	}
-	rep.laid.exists, rep.laid.hard, rep.laid.trunc, rep.laid.last = true, rep.hard, rep.trunc, rep.LastIndex()
+	rep.laid.exists, rep.laid.hard, rep.laid.trunc, rep.laid.last = true, rep.hard, rep.trunc, rep.lastID()
 	return rep
 }
 

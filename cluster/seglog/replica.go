@@ -51,7 +51,7 @@ type Replica struct {
 		exists bool
 		hard   HardState
 		trunc  EntryID
-		last   uint64
+		last   EntryID
 	}
 	removed bool
 	damage  string
@@ -87,13 +87,19 @@ func (r *Replica) Term(i uint64) (term uint64, ok bool) {
 	return r.runs[k-1].term, true
 }
 
+func (r *Replica) lastID() EntryID {
+	last := r.LastIndex()
+	term, _ := r.Term(last)
+	return EntryID{last, term}
+}
+
 // Damaged tells why recovery found that the log cannot be trusted (L4), ""
 // if it can. It stays so until the replica is removed.
 func (r *Replica) Damaged() string { return r.damage }
 
 // laidSection is the replica's line in a state table.
 func (r *Replica) laidSection() *section {
-	s := &section{key: r.key, hard: r.laid.hard, trunc: r.laid.trunc, last: r.laid.last}
+	s := &section{key: r.key, hard: r.laid.hard, trunc: r.laid.trunc, last: r.laid.last.Index, prev: r.laid.last.Term}
 	if r.damage != "" {
 		s.flags = sectionDamaged
 	}
@@ -190,6 +196,9 @@ func (r *Replica) Append(w Write, done func(error)) {
 	}
 	if len(w.Entries) > 0 && w.Entries[0].Index <= r.LastIndex() {
 		q.ends = r.cutFrom(w.Entries[0].Index, q.ends)
+	}
+	if len(w.Entries) > 0 {
+		q.prev, _ = r.Term(w.Entries[0].Index - 1)
 	}
 	l.w.seq++
 	q.seq = l.w.seq

@@ -26,6 +26,7 @@ type write struct {
 	hard     HardState
 	trunc    EntryID
 	entries  []Entry
+	prev     uint64     // term of the entry before entries[0]
 	next     int        // entries before are laid out
 	ends     []claimEnd // claims that end once it is durable
 	early    bool       // its truncation was laid out ahead of its turn
@@ -482,20 +483,24 @@ func (l *Log) laySection(e *encoder, p *part) {
 		laid.exists = q.flags&sectionRemove == 0
 		if q.hasTrunc && !(q.early && q.trunc.Index < laid.trunc.Index) {
 			laid.trunc = q.trunc
-			laid.last = max(laid.last, q.trunc.Index)
-			if q.flags&(sectionReset|sectionCreate) != 0 {
-				laid.last = q.trunc.Index
+			if q.flags&(sectionReset|sectionCreate) != 0 || laid.last.Index < q.trunc.Index {
+				laid.last = q.trunc
 			}
 		}
 	}
+	sec.prev = laid.last.Term
 	if p.to > p.from {
-		laid.last = q.entries[p.to-1].Index
+		if p.from == 0 {
+			sec.prev = q.prev
+		}
+		x := &q.entries[p.to-1]
+		laid.last = EntryID{x.Index, x.Term}
 		sec.first = q.entries[p.from].Index
 	}
 	if p.final && q.hasHard {
 		laid.hard = q.hard
 	}
-	sec.hard, sec.trunc, sec.last = laid.hard, laid.trunc, laid.last
+	sec.hard, sec.trunc, sec.last = laid.hard, laid.trunc, laid.last.Index
 	e.section(&sec, p.to-p.from)
 }
 
