@@ -15,7 +15,7 @@ import (
 const (
 	idleAfter   = 50 * time.Millisecond
 	zeroPiece   = 1 << 20
-	spareFiles  = 2
+	spareFiles  = 3 // the reserve of new data, and the next segment
 	surplusFree = 4 // free files kept beside a quarter of those in use
 )
 
@@ -26,8 +26,7 @@ type idler struct {
 	zeroes  []byte
 }
 
-// rest looks for idle work after a pause, and before it for a spare if there
-// is none.
+// rest looks for idle work after a pause, and for missing spares at once.
 func (l *Log) rest() {
 	if l.idle.timer == nil && l.err == nil && l.w.closing == nil {
 		l.idle.touched = false
@@ -40,8 +39,8 @@ func (l *Log) rest() {
 			l.idleWork()
 		})
 	}
-	if s := l.w.open[fresh]; s != nil && s.next > l.segmentBlocks()/2 && !l.idle.running && l.err == nil && l.w.closing == nil {
-		if ready, possible := l.usable(); ready == 0 && possible > 0 {
+	if !l.idle.running && l.err == nil && l.w.closing == nil {
+		if ready, possible := l.usable(); ready < spareFiles && possible > ready {
 			l.makeSpare()
 		}
 	}

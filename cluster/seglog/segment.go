@@ -239,12 +239,16 @@ func (l *Log) usable() (ready, possible int) {
 	return ready, max(ready, l.maxSegments-made)
 }
 
-// pick chooses a segment to open: one that was zeroed ahead, then any free one,
-// then the number of one that is to be made. reserve segments stay.
+// pick chooses a segment to open and leaves reserve ones. It takes a free one
+// while more than the reserve are, the one that is zeroed furthest; else one
+// that is to be made, so that the reserve consists of files that exist.
 func (l *Log) pick(reserve int) *segment {
-	_, possible := l.usable()
+	ready, possible := l.usable()
 	if possible <= reserve {
 		return nil
+	}
+	if ready <= reserve {
+		return l.vacant()
 	}
 	var best *segment
 	for _, s := range l.segs {
@@ -252,10 +256,10 @@ func (l *Log) pick(reserve int) *segment {
 			best = s
 		}
 	}
-	if best != nil || l.space.full {
-		return best
+	if best == nil && !l.space.full {
+		return l.vacant()
 	}
-	return l.vacant()
+	return best
 }
 
 // vacant returns a segment without a file within the capacity, nil if none.
@@ -362,6 +366,8 @@ func (l *Log) Shortage() bool {
 // segments may have become free.
 func (l *Log) Poke() {
 	l.gc.pokes++
+	l.gc.check = true
 	l.reap()
+	l.rest()
 	l.collect()
 }
