@@ -26,7 +26,7 @@ type remote struct {
 
 // flags adds what every command that calls the API takes.
 func (r *remote) flags(cmd *cobra.Command) {
-	cmd.PersistentFlags().StringVar(&r.addr, "api", defaultAPI, "address of a gateway's (or `firn up`'s) API")
+	cmd.PersistentFlags().StringVar(&r.addr, "api", defaultAPI, "address of the admin API of a gateway or of firn up")
 	cmd.PersistentFlags().DurationVar(&r.timeout, "timeout", time.Minute, "give up after this long")
 	r.tls.register(cmd)
 }
