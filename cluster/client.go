@@ -39,11 +39,15 @@ const (
 	// silentCommand ends the wait for an answer to a command when nothing at all
 	// came from that node for so long.
 	silentCommand = time.Second
-	// slowCommand ends it in any case.
-	slowCommand = 10 * time.Second
+	// slowCommand ends it in any case: an answer can be lost on a connection that
+	// stands. It doubles with each attempt that was lost, up to slowestCommand,
+	// since the node may just be slow, and then each attempt adds to its work.
+	slowCommand    = 2 * time.Second
+	slowestCommand = 10 * time.Second
 	// slowRead ends the wait for the first replica that was asked; it doubles
-	// with each round up to slowCommand.
-	slowRead = 300 * time.Millisecond
+	// with each round up to slowestRead.
+	slowRead    = 300 * time.Millisecond
+	slowestRead = 2 * time.Second
 	// metaRetry is the pause before a metadata call that failed is made again.
 	metaRetry = 300 * time.Millisecond
 	// relistEvery is how often the groups are listed again while one that is
@@ -95,7 +99,8 @@ type Client struct {
 	calls   map[uint64]*call
 	first   *call // of calls, in the order they were sent
 	last    *call
-	delayed []*query // to be sent again at the next tick
+	delayed []*query // to be sent again at the next tick, each once
+	round   uint64   // of tick
 	ticking bool
 	relist  clock.Instant
 
@@ -288,13 +293,14 @@ func (c *Client) tick() {
 		unknown = unknown || len(g.replicas) == 0 && len(g.retry) > 0
 		busy = busy || len(g.retry) > 0
 	}
-	delayed := c.delayed
-	c.delayed = nil
-	for _, q := range delayed {
-		if q.delayed {
-			unknown = unknown || len(q.group.replicas) == 0
-			q.send()
-		}
+	// What is sent may end other queries, and those be used again and delayed
+	// anew: only c.delayed itself says who waits, and since when.
+	c.round++
+	for len(c.delayed) > 0 && c.delayed[0].round < c.round {
+		q := c.delayed[0]
+		c.delayed = slices.Delete(c.delayed, 0, 1)
+		unknown = unknown || len(q.group.replicas) == 0
+		q.send()
 	}
 	if unknown && c.loop.Now().Sub(c.relist) > relistEvery {
 		c.relist = c.loop.Now()

@@ -84,6 +84,7 @@ func (op *operation) attemptEnded(resp *wire.Response, bufs []*payload.Buf) {
 	}
 	if resp == nil {
 		op.attempted = true
+		op.slow = min(2*op.slow, slowestCommand)
 		g.refuse(op.node)
 		op.again()
 		return

@@ -26,6 +26,7 @@ type query struct {
 	asked   []block.NodeID // in this round
 	corrupt []block.NodeID // whose bytes were bad
 	delayed bool           // in client.delayed
+	round   uint64         // of client, when it was delayed
 
 	prev, next *query // in Attachment.queries
 
@@ -89,8 +90,8 @@ func (q *query) target() block.NodeID {
 // later begins another round at the next tick.
 func (q *query) later() {
 	q.asked = q.asked[:0]
-	q.slow = min(2*q.slow, slowCommand)
-	q.delayed = true
+	q.slow = min(2*q.slow, slowestRead)
+	q.delayed, q.round = true, q.client.round
 	q.client.delayed = append(q.client.delayed, q)
 	q.client.armTick()
 }
