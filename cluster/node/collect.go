@@ -35,6 +35,13 @@ func (o owner) Describe(key seglog.ReplicaKey, id seglog.EntryID, data []byte) (
 func (o owner) ApplyMoves(moves []seglog.Move) {
 	o.disk.node.counters.Moved += uint64(len(moves))
 	o.disk.index.ApplyMoves(moves)
+	// Moves age like applies: a checkpoint lets go of what they left.
+	for i := range moves {
+		rep := o.disk.node.replicas[moves[i].Key.Group]
+		if rep != nil && rep.key == moves[i].Key && !rep.dirty {
+			rep.dirty, rep.dirtySince = true, o.disk.node.loop.Now()
+		}
+	}
 }
 
 // NeedSpace implements seglog.Owner.
