@@ -145,13 +145,23 @@ func (c *Client) loseCalls(cn *conn) {
 	}
 }
 
-// expireCalls ends the calls that have waited for too long.
+// expireCalls ends the calls that have waited for too long, and those whose
+// caller has given up, which is not the node's fault.
 func (c *Client) expireCalls() {
 	now := c.loop.Now()
-	var late []*call
+	var late, unwanted []*call
 	for cl := c.first; cl != nil; cl = cl.next {
-		if now.Sub(max(cl.sent, cl.conn.heard)) > silentCommand || now.Sub(cl.sent) > cl.slow || cl.ctx != nil && cl.ctx.Err() != nil {
+		switch {
+		case cl.ctx != nil && cl.ctx.Err() != nil:
+			unwanted = append(unwanted, cl)
+		case now.Sub(max(cl.sent, cl.conn.heard)) > silentCommand, now.Sub(cl.sent) > cl.slow:
 			late = append(late, cl)
+		}
+	}
+	for _, cl := range unwanted {
+		if cl.id != 0 {
+			c.forget(cl)
+			cl.ended(nil, nil)
 		}
 	}
 	for _, cl := range late {

@@ -83,6 +83,10 @@ func (op *operation) attemptEnded(resp *wire.Response, bufs []*payload.Buf) {
 		op.probe, g.probing = false, false
 	}
 	if resp == nil {
+		if op.givenUp() {
+			g.flush()
+			return
+		}
 		op.attempted = true
 		op.slow = min(2*op.slow, slowestCommand)
 		g.refuse(op.node)

@@ -108,6 +108,9 @@ func (q *query) attemptEnded(resp *wire.Response, bufs []*payload.Buf) {
 	switch resp.Status {
 	case wire.StatusOK:
 		q.stream.raise(resp.Applied)
+		if !q.req.LeaderOnly && !q.stream.att.current() {
+			break // the lease ran out meanwhile: another may own the volume (F4)
+		}
 		if q.req.Kind == wire.ReqRead && !q.verify(resp, bufs) {
 			q.client.counters.BadReads++
 			break

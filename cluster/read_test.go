@@ -264,6 +264,35 @@ func TestPastTheLease(t *testing.T) {
 	}
 }
 
+// TestLateFollowerAnswer: what a replica was asked under the lease and answers
+// after it is not believed (F4).
+func TestLateFollowerAnswer(t *testing.T) {
+	s := newScripted(t, 1<<30)
+	a := s.attach()
+	var held []asked
+	s.script = func(q asked) bool {
+		held = append(held, q)
+		return true
+	}
+	s.mem.SetDown(true)
+	s.until("the end of the lease is near", func() bool { return s.client.session.ValidUntil().Sub(s.loop.Now()) < 250*time.Millisecond })
+	r := s.read(t.Context(), a, 0, 0, 1)
+	s.RunFor(270 * time.Millisecond)
+	if len(held) != 1 || held[0].req.LeaderOnly || a.current() {
+		t.Fatalf("%d asked, the first %+v, lease stands: %v", len(held), held[0].req, a.current())
+	}
+	answerBlocks(held[0], 20, filled(9))
+	s.RunFor(time.Millisecond)
+	if r.ended {
+		t.Fatal("the answer was believed")
+	}
+	s.script = nil
+	s.until("read", func() bool { return r.ended })
+	if last := s.log[len(s.log)-1]; r.err != nil || !last.req.LeaderOnly {
+		t.Errorf("%v, %+v", r.err, last.req)
+	}
+}
+
 func TestMap(t *testing.T) {
 	s := newScripted(t, 2<<40)
 	a := s.attach()
