@@ -141,9 +141,9 @@ func TestPatchPayloadID(t *testing.T) {
 func TestCommandsThatDoNotMakeSense(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 4))
 	for name, c := range map[string]struct {
-		typ    CommandType
+		typ   CommandType
 		spoil func(*Command)
-		kind   block.Kind
+		kind  block.Kind
 	}{
 		"no blocks":         {CmdZero, func(c *Command) { c.Count = 0 }, block.Invalid},
 		"beyond its chunk":  {CmdZero, func(c *Command) { c.Block, c.Count = 1000, 25 }, block.Invalid},
