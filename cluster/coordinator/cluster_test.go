@@ -43,13 +43,14 @@ type node struct {
 	coord  *coordinator.Coordinator
 }
 
-// recorder counts the transactions of a process that took effect.
+// recorder counts the transactions of a process, and those that took effect.
 type recorder struct {
 	meta.Store
-	took int
+	sent, took int
 }
 
 func (r *recorder) Txn(ctx context.Context, t meta.Txn) (meta.TxnResult, error) {
+	r.sent++
 	res, err := r.Store.Txn(ctx, t)
 	if err == nil && res.Succeeded && len(t.Then) > 0 {
 		r.took++

@@ -76,6 +76,7 @@ type Coordinator struct {
 	election    *meta.Mirror
 	nonce       uint64 // of the campaign that is going on
 	campaigning bool
+	timer       uint64 // the latest that campaignIn has set
 	stopped     bool
 
 	lead *leadership // nil while another, or none, is elected
@@ -155,13 +156,25 @@ func (c *Coordinator) campaign() {
 		case c.session.Lease() != lease:
 			c.campaign()
 		case err != nil:
-			c.cfg.Loop.After(retryDelay, c.campaign)
+			c.campaignIn(retryDelay)
 		case won:
 			c.nonce = 0
 			c.lead = newLeadership(c, guard)
 			c.lead.start()
 		default:
-			c.cfg.Loop.After(meta.NodeTTL, c.campaign)
+			c.campaignIn(meta.NodeTTL)
+		}
+	})
+}
+
+// campaignIn campaigns after d, in the place of any later campaign that was set
+// before: one timer goes on, however many campaigns are lost.
+func (c *Coordinator) campaignIn(d time.Duration) {
+	c.timer++
+	timer := c.timer
+	c.cfg.Loop.After(d, func() {
+		if timer == c.timer {
+			c.campaign()
 		}
 	})
 }
@@ -175,6 +188,6 @@ func (c *Coordinator) depose() {
 	c.lead.stop()
 	c.lead = nil
 	if !c.stopped {
-		c.cfg.Loop.After(retryDelay, c.campaign)
+		c.campaignIn(retryDelay)
 	}
 }

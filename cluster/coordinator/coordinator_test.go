@@ -327,3 +327,30 @@ func TestFaultsEverywhere(t *testing.T) {
 		}
 	}
 }
+
+// TestLosersCampaignAtOnePace: a candidate that has lost many campaigns asks the
+// store as often as one that has lost a single one.
+func TestLosersCampaignAtOnePace(t *testing.T) {
+	c := newCluster(t, 11, 3)
+	key, err := c.admin.Get(background, meta.ElectionKey)
+	c.must(err)
+	for range 20 {
+		for _, op := range []meta.Op{meta.Delete(meta.ElectionKey), meta.Put(meta.ElectionKey, key.Value, key.Lease)} {
+			_, err := c.admin.Txn(background, meta.Txn{Then: []meta.Op{op}})
+			c.must(err)
+		}
+		c.world.RunFor(time.Second)
+	}
+	before := map[*node]int{}
+	for _, n := range c.nodes {
+		before[n] = n.store.sent
+	}
+	leader := c.leader()
+	const turns = 10
+	c.world.RunFor(turns * meta.NodeTTL)
+	for _, n := range c.nodes {
+		if sent := n.store.sent - before[n]; n != leader && sent > turns+1 {
+			t.Errorf("node %d sent %d campaigns in %d turns", n.id, sent, turns)
+		}
+	}
+}
