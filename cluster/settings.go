@@ -217,8 +217,10 @@ func (s *settingsChange) fence() {
 	if s.over() {
 		return
 	}
-	s.vol.Settings = a.vol.Settings + 1
-	s.vol.WantBytes = 0
+	// The name and the layout may have changed since the change began.
+	v := a.vol
+	v.SizeBytes, v.ReadOnly, v.Settings, v.WantBytes = s.vol.SizeBytes, s.vol.ReadOnly, a.vol.Settings+1, 0
+	s.vol = v
 	a.client.fenceAll(a.client.ctx, s.vol, a.owner, func(f fencing) {
 		switch {
 		case s.over():

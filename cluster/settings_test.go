@@ -88,6 +88,43 @@ func TestGrowIntoNewSpan(t *testing.T) {
 	}
 }
 
+// TestGrowKeepsANewName: what the groups keep of the volume (S8) has the name
+// that it got while the change was under way.
+func TestGrowKeepsANewName(t *testing.T) {
+	s := newScripted(t, 1<<40)
+	s.attach()
+	o := s.change(Settings{SizeBytes: 1<<40 + 4096})
+	s.until("wants", func() bool { return s.volumeNow().WantBytes != 0 })
+	put := func(v meta.VolumeMeta) {
+		t.Helper()
+		if _, err := s.store.Txn(t.Context(), meta.Txn{Then: []meta.Op{meta.Put(meta.VolumeKey(v.ID), meta.EncodeVolume(v), 0)}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v := s.volumeNow()
+	v.Name = "renamed"
+	put(v)
+	s.RunFor(time.Second)
+	v = s.volumeNow()
+	v.Spans = append(v.Spans, []block.GroupID{5, 6, 7, 8})
+	v.Layout++
+	put(v)
+	fences := 0
+	s.script = func(q asked) bool {
+		if q.req.Command.Type == wire.CmdFence {
+			fences++
+			if kept, err := meta.DecodeVolume(meta.KV{Key: meta.VolumeKey(v.ID), Value: q.req.Command.VolumeValue, Modified: 1}); err != nil || kept.Name != "renamed" {
+				t.Errorf("group %d is told the name %q: %v", q.req.Group, kept.Name, err)
+			}
+		}
+		return false
+	}
+	s.until("grow", func() bool { return o.ended })
+	if o.err != nil || fences < 8 {
+		t.Errorf("%v, %d fences", o.err, fences)
+	}
+}
+
 // TestShrink: nothing new beyond the end, what is in flight there first, then
 // zeros, then the groups' size, then the store.
 func TestShrink(t *testing.T) {
