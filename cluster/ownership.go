@@ -114,11 +114,27 @@ func (a *Attachment) refence(got meta.Acquired) {
 			// Whoever had the epoch that the groups knew may serve reads until its
 			// lease has run out (F3).
 			a.checking = true
-			c.loop.After(meta.OwnerTTL, func() {
-				a.checking = false
-				a.resume()
-			})
+			c.loop.After(meta.OwnerTTL, a.waitedOut)
 		}
+	})
+}
+
+// waitedOut notes that the wait is over, so that the next owner need not wait
+// for the same lease, and resumes even if that could not be noted: then the next
+// one waits in vain. No epoch is raised meanwhile, which would need a wait anew.
+func (a *Attachment) waitedOut() {
+	c := a.client
+	if a.over != nil {
+		return
+	}
+	ctx, nonce := c.ctx, a.owner.Nonce
+	var err error
+	c.loop.Do(loop.Meta, func() { err = meta.MarkExported(ctx, c.cfg.Store, a.vol.ID, nonce) }, func() {
+		if err != nil {
+			c.log.Warn("the export was not noted", "volume", a.vol.Name, "why", err)
+		}
+		a.checking = false
+		a.resume()
 	})
 }
 

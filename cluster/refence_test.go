@@ -35,4 +35,7 @@ func TestRefenceWaitsForTheOther(t *testing.T) {
 	if o.err != nil || fenced == 0 || written.Sub(fenced) < meta.OwnerTTL {
 		t.Errorf("%v; written %v after the Fence", o.err, written.Sub(fenced))
 	}
+	if s.volumeNow().Forced {
+		t.Error("the wait is over, and the next owner would wait once more")
+	}
 }
