@@ -194,10 +194,19 @@ type birth struct {
 // create makes a replica durable: its state in the index first, then its
 // identity in the log. A replica that is in the index only is not one yet.
 // Those that are asked for at about the same time share one flush.
+//
+// The log may know the replica although the index does not: the index was lost
+// after an earlier process had carried out the order. If the log says that the
+// replica has never been open, it has promised nothing, and what is missing is
+// made; otherwise it is lost (C1), with kind Corrupt.
 func (d *disk) create(group block.GroupID, id block.ReplicaID, era uint16, conf []byte, done func(*replica, error)) {
 	key := seglog.ReplicaKey{Group: group, Replica: id}
 	state := d.index.Replica(key)
 	if state == nil {
+		if l := d.log.Replica(key); l != nil && !isBlank(l) {
+			done(nil, block.Errorf(block.Corrupt, "replica %v has been open, and its state is not on disk %v any more", key, d.id))
+			return
+		}
 		var err error
 		state, err = d.index.Create(key, index.Creation{Index: raftgroup.InitialIndex, Term: raftgroup.InitialTerm, Conf: conf, Era: era})
 		if err != nil {
@@ -209,6 +218,11 @@ func (d *disk) create(group block.GroupID, id block.ReplicaID, era uint16, conf 
 	if len(d.births) == 1 {
 		d.node.loop.Defer(func() { d.whenIdle(d.bear) })
 	}
+}
+
+// isBlank tells whether a replica's log is as it was born.
+func isBlank(l *seglog.Replica) bool {
+	return l.Damaged() == "" && l.HardState().Term <= raftgroup.InitialTerm && l.FirstIndex() == raftgroup.InitialIndex+1 && l.LastIndex() == raftgroup.InitialIndex
 }
 
 func (d *disk) bear() {
@@ -233,6 +247,10 @@ func (d *disk) bear() {
 			return
 		}
 		for _, b := range births {
+			if d.log.Replica(b.rep.key) != nil {
+				b.done(b.rep, nil)
+				continue
+			}
 			d.log.Create(b.rep.key, seglog.EntryID{Index: raftgroup.InitialIndex, Term: raftgroup.InitialTerm},
 				seglog.HardState{Term: raftgroup.InitialTerm, Commit: raftgroup.InitialIndex}, func(err error) { b.done(b.rep, err) })
 		}

@@ -109,6 +109,11 @@ func (o *orders) create(d *disk, g meta.GroupMeta, id block.ReplicaID) {
 	o.busy[g.ID] = true
 	d.create(g.ID, id, g.Era, conf.Append(nil), func(rep *replica, err error) {
 		delete(o.busy, g.ID)
+		if err != nil && block.KindOf(err) == block.Corrupt {
+			o.node.logf("%v", err)
+			o.lose(g.ID, id, d.id)
+			return
+		}
 		if err != nil {
 			o.node.logf("create group %d replica %d: %v", g.ID, id, err)
 			return
