@@ -131,6 +131,8 @@ type Node struct {
 
 	reads     int
 	readBytes int64
+	loading   int    // reads that are on a disk now
+	loaded    func() // if set, is called when none is any more
 	counters  Counters
 
 	stopping bool // no new work begins
@@ -232,7 +234,10 @@ func (n *Node) Stop(done func(error)) {
 			n.session.Stop(func(error) {
 				n.stopped = true
 				n.cancel()
-				n.closeDisks(err, done)
+				n.loaded = func() { n.closeDisks(err, done) }
+				if n.loading == 0 {
+					n.loaded()
+				}
 			})
 		})
 	})

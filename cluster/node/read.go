@@ -75,7 +75,18 @@ func (o *op) readBlocks() {
 		finish()
 		return
 	}
-	o.node.loop.Do(loop.DiskRead, func() { f.run(q.Chunk) }, finish)
+	o.node.load(func() { f.run(q.Chunk) }, finish)
+}
+
+// load reads a disk. The disks close only when no such read is under way.
+func (n *Node) load(read, done func()) {
+	n.loading++
+	n.loop.Do(loop.DiskRead, read, func() {
+		done()
+		if n.loading--; n.loading == 0 && n.loaded != nil {
+			n.loaded()
+		}
+	})
 }
 
 func (o *op) finishRead(f *fetch) {
@@ -195,5 +206,5 @@ func (o *op) mapBlocks() {
 		return
 	}
 	var err error
-	o.node.loop.Do(loop.DiskRead, func() { err = m.Load() }, func() { finish(err) })
+	o.node.load(func() { err = m.Load() }, func() { finish(err) })
 }
