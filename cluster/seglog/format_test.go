@@ -73,6 +73,11 @@ func FuzzBatch(f *testing.F) {
 	f.Add(area[:h.headerBytes])
 	f.Add(area)
 	f.Add(make([]byte, block.Size))
+	small := header{kind: kindMoves, generation: 1, number: 2, durable: 1, block: 1, payloadBlocks: 1}
+	e := newEncoder(payload.New(maxHeaderBytes).Bytes())
+	e.section(&section{key: ReplicaKey{1, 1}, last: 9, trunc: EntryID{8, 1}, first: 9}, 1)
+	e.entry(&Entry{Term: 1, Data: []byte("x")}, 10)
+	f.Add(bytes.Clone(e.finish(&small)[:small.headerBytes]))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, p []byte) {
 		h, ok := decodeFixed(p)

@@ -102,10 +102,14 @@ func (l *Log) Start(lp loop.Loop, owner Owner) {
 }
 
 // Create makes a replica whose log begins after truncated. done as in Append.
-// Creating a replica that exists is a broken invariant of the caller (C1).
+// Creating a replica that exists is a broken invariant of the caller (C1), and
+// so are more than MaxReplicas on a disk.
 func (l *Log) Create(key ReplicaKey, truncated EntryID, hard HardState, done func(error)) *Replica {
 	if l.replicas[key] != nil {
 		panic(fmt.Sprintf("seglog: replica %v is created twice", key))
+	}
+	if len(l.order) == MaxReplicas {
+		panic(fmt.Sprintf("seglog: replica %v is one too many", key))
 	}
 	r := &Replica{log: l, key: key, trunc: truncated, hard: hard, durable: truncated.Index}
 	if l.refused(done) {

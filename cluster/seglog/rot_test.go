@@ -151,6 +151,28 @@ func TestRottenHead(t *testing.T) {
 	g.open()
 }
 
+// TestRotAfterACleanStop damages the last batch of a log that was closed: it
+// was acknowledged, and must not pass for torn.
+func TestRotAfterACleanStop(t *testing.T) {
+	g := newRig(t, 1, minSegmentBytes, 12)
+	g.damaged = true
+	g.open()
+	k := ReplicaKey{1, 1}
+	g.create(k)
+	g.run(time.Millisecond)
+	at := g.log.w.open[fresh].next
+	g.append(k, 11, 5, 1)
+	g.run(time.Millisecond)
+	g.close()
+	g.rot(1, at, 130)
+	if err := g.tryOpen(); err != nil {
+		t.Fatal(err)
+	}
+	if d := g.log.Damaged(); len(d) != 1 {
+		t.Fatalf("damaged %v, log ends at %d", d, g.log.Replica(k).LastIndex())
+	}
+}
+
 // TestUnreadableSector gives an I/O error where a header is: as good as rotten.
 func TestUnreadableSector(t *testing.T) {
 	g, a, b, at := rotRig(t, nil)

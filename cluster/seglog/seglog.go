@@ -59,6 +59,8 @@ type HardState struct {
 const (
 	// MaxDataBytes bounds Entry.Data.
 	MaxDataBytes = 256 << 10
+	// MaxReplicas bounds the replicas of a disk: what a state table can hold.
+	MaxReplicas = 2000
 	// MaxSegmentBytes is what a Location reaches.
 	MaxSegmentBytes = 256 << 20
 	// DefaultSegmentBytes suits disks.

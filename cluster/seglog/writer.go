@@ -74,6 +74,7 @@ type writer struct {
 
 	number  uint64 // of the next batch
 	durable uint64 // highest number that was synced
+	untold  bool   // no header says so of the last batch yet
 	table   uint64 // number of the newest durable state table at a segment's head
 	open    [numStreams]*segment
 	voids   []void
@@ -151,6 +152,9 @@ func (l *Log) pump() {
 	case len(w.queue) > 0 && (len(w.moves) == 0 || w.turn != fresh):
 	case len(w.moves) > 0:
 		stream = survivors
+	case w.closing != nil && w.untold && w.open[fresh] != nil && l.room(w.open[fresh]) > 0:
+		l.tellDurable()
+		return
 	case w.closing != nil && !l.idle.running && !l.gc.running:
 		l.closeFiles()
 		return
@@ -166,6 +170,15 @@ func (l *Log) pump() {
 		}
 	}
 	w.turn = stream
+	l.launch()
+}
+
+// tellDurable writes an empty batch, whose header says that the last one was
+// synced: after a clean stop all damage is rot, and none a torn write (L2).
+func (l *Log) tellDurable() {
+	l.beginBatch(l.w.open[fresh], kindWrites, fresh)
+	e := newEncoder(l.w.buf)
+	l.endBatch(&e)
 	l.launch()
 }
 
@@ -653,6 +666,7 @@ func (l *Log) finish() {
 		l.setFile(s, r.file)
 	}
 	w.durable, s.last, s.next = h.number, h.number, h.next()
+	w.untold = h.records > 0
 	l.stats.Batches++
 	l.stats.HeaderBlocks += uint64(h.headerBlocks())
 	l.stats.BatchBlocks += uint64(h.headerBlocks() + h.payloadBlocks)
