@@ -1,7 +1,6 @@
 package nbd
 
 import (
-	"context"
 	"slices"
 	"sync"
 )
@@ -62,33 +61,34 @@ func (a *allowance) try(n int64) (charge, bool) {
 	return charge{a, n}, true
 }
 
-// take waits for n <= limit bytes. Only the goroutine that reads the connection
-// calls it, and it holds nothing that another needs to go on.
-func (a *allowance) take(ctx context.Context, n int64) (charge, error) {
+// begin takes n <= limit bytes, or queues for them: then w.ready is closed when
+// they are there. Only the goroutine that reads the connection calls it, and it
+// holds nothing that another needs to go on.
+func (a *allowance) begin(n int64) (*waiter, charge) {
 	if c, ok := a.try(n); ok {
-		return c, nil
+		return nil, c
 	}
 	b := a.b
 	w := &waiter{a, n, make(chan struct{})}
 	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.waiting = append(b.waiting, w)
 	b.wake()
-	b.mu.Unlock()
-	select {
-	case <-w.ready:
-		return charge{a, n}, nil
-	case <-ctx.Done():
-	}
+	return w, charge{}
+}
+
+// giveUp ends a wait with err, unless the bytes were granted at the same moment.
+func (a *allowance) giveUp(w *waiter, err error) (charge, error) {
+	b := a.b
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	i := slices.Index(b.waiting, w)
 	if i < 0 {
-		// Granted at the same moment.
-		return charge{a, n}, nil
+		return charge{a, w.n}, nil
 	}
 	b.waiting = slices.Delete(b.waiting, i, i+1)
 	b.wake()
-	return charge{}, ctx.Err()
+	return charge{}, err
 }
 
 // wake grants what can be granted; the budget is locked. Who lacks a part of

@@ -91,3 +91,17 @@ func TestBudgetOrder(t *testing.T) {
 		}
 	})
 }
+
+// take waits for n <= limit bytes, as begin says, while ctx lasts.
+func (a *allowance) take(ctx context.Context, n int64) (charge, error) {
+	w, c := a.begin(n)
+	if w == nil {
+		return c, nil
+	}
+	select {
+	case <-w.ready:
+		return charge{a, n}, nil
+	case <-ctx.Done():
+		return a.giveUp(w, ctx.Err())
+	}
+}

@@ -179,10 +179,12 @@ func TestConnectionCap(t *testing.T) {
 	if n, err := io.Copy(io.Discard, c); n != 0 {
 		t.Errorf("the third was told %d bytes, %v", n, err)
 	}
+	// A client is counted as entered just after it was told that it has.
+	a.alive()
+	b.alive()
 	if st := s.Stats(); st.Refused != 1 || st.Accepted != 2 || st.Connections != 2 || st.Entered != 2 {
 		t.Errorf("counted %+v", st)
 	}
-	b.alive()
 	a.request(wire.CmdDisc, 0, 0, 0, nil)
 	a.wantClosed()
 	<-ended
@@ -278,6 +280,55 @@ func TestManySmallInFlight(t *testing.T) {
 	}
 	if len(seen) != 50 {
 		t.Errorf("%d replies", len(seen))
+	}
+}
+
+// TestClientLeavesHungVolume: a client that goes while the server waits for a
+// worker, or for memory, keeps neither its connection nor its export (F6),
+// however much it sent before and though the volume answers nothing.
+func TestClientLeavesHungVolume(t *testing.T) {
+	for name, size := range map[string]int{"workers": 512, "memory": 32 << 20} {
+		t.Run(name, func(t *testing.T) {
+			var entered atomic.Int64
+			d := blocktest.New(blocktest.Options{Name: "vol", Bytes: 1 << 30, NoLending: true, Before: hang(blocktest.OpRead, &entered, nil)})
+			left := make(chan struct{})
+			addr, s := serve(t, nbd.Fixed{*nbd.DeviceExport(d, func() { close(left) })}, nbd.Options{Workers: 3, StallTimeout: 50 * time.Millisecond})
+			r := rawEnter(t, addr, "vol", false)
+			for range 50 {
+				r.request(wire.CmdRead, 0, 0, uint32(size), nil)
+			}
+			for entered.Load() == 0 {
+				runtime.Gosched()
+			}
+			r.nc.Close()
+			<-left
+			for st := s.Stats(); st.Connections != 0 || st.InFlightBytes != 0; st = s.Stats() {
+				runtime.Gosched()
+			}
+		})
+	}
+}
+
+// TestDisconnectBehindRequests: what a client sent before NBD_CMD_DISC is carried
+// out though it did not wait for that.
+func TestDisconnectBehindRequests(t *testing.T) {
+	var entered atomic.Int64
+	release := make(chan struct{})
+	d := blocktest.New(blocktest.Options{Name: "vol", Bytes: volBytes, Before: hang(blocktest.OpWrite, &entered, release)})
+	left := make(chan struct{})
+	addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(d, func() { close(left) })}, nbd.Options{Workers: 3})
+	r := rawEnter(t, addr, "vol", false)
+	for i := range 50 {
+		r.request(wire.CmdWrite, 0, uint64(i)*512, 512, make([]byte, 512))
+	}
+	r.request(wire.CmdDisc, 0, 0, 0, nil)
+	if err := r.nc.(*net.UnixConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	<-left
+	if n := entered.Load(); n != 50 {
+		t.Errorf("%d of 50 writes were carried out", n)
 	}
 }
 

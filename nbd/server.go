@@ -386,6 +386,7 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 	}
 	s := &session{
 		ctx:        ctx,
+		cancel:     c.cancel,
 		target:     newTarget(h.entered),
 		structured: h.structured,
 		mapped:     h.mapped && h.mappedFor == h.name,
@@ -397,6 +398,7 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 		gate:       gate{empty: make(chan struct{})},
 		jobs:       make(chan *piece),
 		maxWorkers: opt.Workers,
+		watch:      watch{nc: c.nc, patience: opt.StallTimeout},
 	}
 	c.in.resize(inputBytes)
 	c.in.idle, c.in.now, c.in.stall = s.flush, opt.Now, opt.StallTimeout

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -21,6 +22,7 @@ const contextID = 1
 // the combining writer sends in the order in which they end.
 type session struct {
 	ctx        context.Context
+	cancel     context.CancelFunc // of ctx
 	target     *target
 	structured bool
 	mapped     bool
@@ -31,6 +33,7 @@ type session struct {
 	bytes *allowance
 	count *counters
 	gate  gate
+	watch watch
 
 	jobs       chan *piece
 	workers    int
@@ -294,8 +297,10 @@ func (s *session) read(r wire.Request) error {
 		} else {
 			c = all.split(bufferCost(k))
 		}
+		left := q.planned - len(q.pieces) - 1
 		if err := s.dispatch(q.add(off, k, newBuffer(k, c))); err != nil {
-			return err
+			all.release()
+			return s.abandonLeft(q, left, err)
 		}
 		off, n = off+int64(k), n-k
 	}
@@ -318,8 +323,9 @@ func (s *session) write(r wire.Request) error {
 			buf.free()
 			return s.abandon(q, err)
 		}
+		left := q.planned - len(q.pieces) - 1
 		if err := s.dispatch(q.add(off, k, buf)); err != nil {
-			return err
+			return s.abandonLeft(q, left, err)
 		}
 		off, n = off+int64(k), n-k
 	}
@@ -329,10 +335,18 @@ func (s *session) write(r wire.Request) error {
 // abandon gives up the pieces that q will never get, because its connection is
 // over; the last of the others ends it, without an answer.
 func (s *session) abandon(q *request, err error) error {
-	q.mu.Lock()
-	q.abandoned = true
-	q.mu.Unlock()
-	q.done(q.planned - len(q.pieces))
+	return s.abandonLeft(q, q.planned-len(q.pieces), err)
+}
+
+// abandonLeft is abandon after a piece was dispatched: if none is left, q is not
+// the caller's any more.
+func (s *session) abandonLeft(q *request, left int, err error) error {
+	if left > 0 {
+		q.mu.Lock()
+		q.abandoned = true
+		q.mu.Unlock()
+		q.done(left)
+	}
 	return err
 }
 
@@ -344,7 +358,24 @@ func (s *session) take(n int64) (charge, error) {
 	if err := s.flush(); err != nil {
 		return charge{}, err
 	}
-	return s.bytes.take(s.ctx, n)
+	w, got := s.bytes.begin(n)
+	if w == nil {
+		return got, nil
+	}
+	s.watch.reset()
+	defer s.watch.stop()
+	for {
+		select {
+		case <-w.ready:
+			return charge{s.bytes, n}, nil
+		case <-s.ctx.Done():
+			return s.bytes.giveUp(w, s.ctx.Err())
+		case <-s.watch.tick():
+			if s.watch.left() {
+				s.cancel()
+			}
+		}
+	}
 }
 
 // dispatch gives a piece to a worker, and starts one if none is idle.
@@ -360,8 +391,18 @@ func (s *session) dispatch(p *piece) error {
 		return nil
 	}
 	err := s.flush()
-	s.jobs <- p
-	return err
+	s.watch.reset()
+	for {
+		select {
+		case s.jobs <- p:
+			s.watch.stop()
+			return cmp.Or(err, s.ctx.Err())
+		case <-s.watch.tick():
+			if s.watch.left() {
+				s.cancel()
+			}
+		}
+	}
 }
 
 // work does p and then what dispatch brings until the session ends.
