@@ -90,6 +90,10 @@ func (n *Node) load(read, done func()) {
 }
 
 func (o *op) finishRead(f *fetch) {
+	if f.err != nil && block.KindOf(f.err) == block.Unavailable { // the log is closed
+		o.refuse(wire.StatusNotReady, f.err.Error())
+		return
+	}
 	if f.err != nil {
 		o.node.counters.CorruptReads++
 		o.node.logf("group %d replica %d: read of volume %v, chunk %d, blocks %d to %d: %v",

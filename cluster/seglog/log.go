@@ -58,6 +58,7 @@ type Log struct {
 	segs        []*segment // segs[i] has id i+1
 	replicas    map[ReplicaKey]*Replica
 	order       []*Replica // by key
+	shut        bool       // the files are closed
 
 	w     writer
 	gc    collector
@@ -164,7 +165,7 @@ func (l *Log) refused(done func(error)) bool {
 	}
 	err := l.err
 	if err == nil {
-		err = block.Errorf(block.Unavailable, "the log of disk %v is closed", l.sb.Disk)
+		err = l.closedError()
 	}
 	l.loop.Post(func() { done(err) })
 	return true
@@ -188,6 +189,7 @@ func (l *Log) closeFiles() {
 	err := l.err
 	var files []vfs.File
 	l.mu.Lock()
+	l.shut = true
 	for _, s := range l.segs {
 		if s.file != nil {
 			files = append(files, s.file)
@@ -196,7 +198,7 @@ func (l *Log) closeFiles() {
 	}
 	l.mu.Unlock()
 	if l.err == nil {
-		l.err = block.Errorf(block.Unavailable, "the log of disk %v is closed", l.sb.Disk)
+		l.err = l.closedError()
 	}
 	l.loop.Do(loop.DiskWrite, func() {
 		for _, f := range files {

@@ -333,6 +333,13 @@ func TestOverTheMachine(t *testing.T) {
 		if err := <-closed; err != nil {
 			t.Fatal(err)
 		}
+		// A closed log has not lost what it held.
+		if err := l.ReadBlocks(Location{1, 1}, payload.New(block.Size).Bytes()); block.KindOf(err) != block.Unavailable {
+			t.Errorf("blocks of a closed log: %v", err)
+		}
+		if _, err := l.Replica(l.Replicas()[0]).Read(1, 2, 1, false); block.KindOf(err) != block.Unavailable {
+			t.Errorf("entries of a closed log: %v", err)
+		}
 		s.Stop()
 	}
 }

@@ -67,21 +67,29 @@ func readFull(f vfs.File, p []byte, off int64) error {
 // ReadBlocks fills p, a multiple of 4 KiB with an aligned address (a
 // payload.Buf's), from loc on. It blocks and may be called anywhere. What
 // guards loc, a Pin or that the index points at it, is the caller's, and so is
-// checking the CRCs.
+// checking the CRCs. Kinds: Unavailable once the log is closed, otherwise Corrupt.
 func (l *Log) ReadBlocks(loc Location, p []byte) error {
 	l.mu.RLock()
 	var f vfs.File
 	if s := l.segment(loc.Segment); s != nil {
 		f = s.file
 	}
+	shut := l.shut
 	l.mu.RUnlock()
-	if f == nil {
+	switch {
+	case shut:
+		return l.closedError()
+	case f == nil:
 		return block.Errorf(block.Corrupt, "segment %d, which should hold data, does not exist", loc.Segment)
 	}
 	if err := readFull(f, p, int64(loc.Block)*block.Size); err != nil {
 		return block.Wrap(block.Corrupt, err, "read %d bytes at block %d of segment %d", len(p), loc.Block, loc.Segment)
 	}
 	return nil
+}
+
+func (l *Log) closedError() error {
+	return block.Errorf(block.Unavailable, "the log of disk %v is closed", l.sb.Disk)
 }
 
 // maxReadEntries bounds one Read.
@@ -91,11 +99,15 @@ const maxReadEntries = 4096
 // then as many as fit maxBytes of payload and data together. It blocks and may
 // be called anywhere. With payloads set each entry that has a payload carries
 // it, its CRC checked, one hold for the caller. Kinds: Unavailable when lo is
-// not in the log (truncated, or not durable), Corrupt when what is stored
+// not in the log (truncated, or not durable) or the log is closed, Corrupt when what is stored
 // fails its check.
 func (r *Replica) Read(lo, hi uint64, maxBytes int, payloads bool) ([]Entry, error) {
 	l := r.log
 	l.mu.RLock()
+	if l.shut {
+		l.mu.RUnlock()
+		return nil, l.closedError()
+	}
 	if lo <= r.trunc.Index || lo >= hi || lo > min(r.durable, r.LastIndex()) {
 		first, last := r.FirstIndex(), r.durable
 		l.mu.RUnlock()
