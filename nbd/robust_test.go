@@ -287,15 +287,22 @@ func TestManySmallInFlight(t *testing.T) {
 // worker, or for memory, keeps neither its connection nor its export (F6),
 // however much it sent before and though the volume answers nothing.
 func TestClientLeavesHungVolume(t *testing.T) {
-	for name, size := range map[string]int{"workers": 512, "memory": 32 << 20} {
-		t.Run(name, func(t *testing.T) {
+	for _, tc := range []struct {
+		name        string
+		count, size int
+		disconnects bool
+	}{{"workers", 50, 512, false}, {"memory", 50, 32 << 20, false}, {"end", 2, 512, true}} {
+		t.Run(tc.name, func(t *testing.T) {
 			var entered atomic.Int64
 			d := blocktest.New(blocktest.Options{Name: "vol", Bytes: 1 << 30, NoLending: true, Before: hang(blocktest.OpRead, &entered, nil)})
 			left := make(chan struct{})
 			addr, s := serve(t, nbd.Fixed{*nbd.DeviceExport(d, func() { close(left) })}, nbd.Options{Workers: 3, StallTimeout: 50 * time.Millisecond})
 			r := rawEnter(t, addr, "vol", false)
-			for range 50 {
-				r.request(wire.CmdRead, 0, 0, uint32(size), nil)
+			for range tc.count {
+				r.request(wire.CmdRead, 0, 0, uint32(tc.size), nil)
+			}
+			if tc.disconnects {
+				r.request(wire.CmdDisc, 0, 0, 0, nil)
 			}
 			for entered.Load() == 0 {
 				runtime.Gosched()

@@ -432,7 +432,18 @@ func (s *session) flush() error {
 // written or cannot be. The reading goroutine calls it last.
 func (s *session) finish() error {
 	err := s.flush()
-	<-s.gate.close()
-	close(s.jobs)
-	return err
+	empty := s.gate.close()
+	s.watch.reset()
+	defer s.watch.stop()
+	for {
+		select {
+		case <-empty:
+			close(s.jobs)
+			return err
+		case <-s.watch.tick():
+			if s.watch.left() {
+				s.cancel()
+			}
+		}
+	}
 }
