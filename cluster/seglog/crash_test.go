@@ -79,6 +79,26 @@ var scripts = map[string]func(g *rig){
 		}
 		g.run(5 * time.Millisecond)
 	},
+	"votes, and nothing else": func(g *rig) {
+		k := ReplicaKey{1, 1}
+		g.create(k)
+		for i := range uint64(70) {
+			g.write(k, Write{HardState: &HardState{6 + i, 1 + i%3, 10}})
+			g.run(500 * time.Microsecond)
+		}
+	},
+	"a write over two segments": func(g *rig) {
+		k := ReplicaKey{1, 1}
+		g.create(k)
+		g.append(k, 11, 5, 3)
+		g.run(5 * time.Millisecond)
+		w := Write{HardState: &HardState{6, 2, 45}}
+		for i := range uint64(32) {
+			w.Entries = append(w.Entries, makeEntry(k, EntryID{14 + i, 6}))
+		}
+		g.write(k, w)
+		g.run(10 * time.Millisecond)
+	},
 	"idle work": func(g *rig) {
 		k := ReplicaKey{1, 1}
 		g.create(k)
@@ -141,7 +161,7 @@ func crashOnce(t *testing.T, script func(*rig), at int, seed uint64) (finished b
 	g.close()
 	g.open()
 	for _, k := range g.keys {
-		if m := g.reps[k]; len(m.states) != 1 || m.now().last() < 13 {
+		if m := g.reps[k]; len(m.states) != 1 || m.now().last() < 13 || m.now().hard.Commit > m.now().last() {
 			t.Fatalf("%v ends at %d", k, m.now().last())
 		}
 	}

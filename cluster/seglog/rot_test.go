@@ -50,6 +50,7 @@ func TestRotAndTornWrites(t *testing.T) {
 		lastA, lastB uint64
 		damaged      []ReplicaKey
 		corruptA     uint64 // entry of A whose payload must read as corrupt
+		corruptB     uint64 // and of B
 	}
 	cases := []struct {
 		name    string
@@ -61,7 +62,7 @@ func TestRotAndTornWrites(t *testing.T) {
 		{"last header: torn", nil, func(g *rig, at []uint32) { g.rot(1, at[3], 60) }, want{lastA: 12, lastB: 11}},
 		{"last payload: torn", nil, func(g *rig, at []uint32) { g.rot(1, at[3]+1, 0) }, want{lastA: 12, lastB: 11}},
 		{"last payload, but applied: rot", map[ReplicaKey]EntryID{b: {12, 5}}, func(g *rig, at []uint32) { g.rot(1, at[3]+1, 0) },
-			want{lastA: 12, lastB: 12}},
+			want{lastA: 12, lastB: 12, corruptB: 12}},
 		{"last header, but applied: the log goes on behind", map[ReplicaKey]EntryID{b: {12, 5}}, func(g *rig, at []uint32) { g.rot(1, at[3], 200) },
 			want{lastA: 12, lastB: 12}},
 		{"earlier payload: rot, and nothing is cut off", nil, func(g *rig, at []uint32) { g.rot(1, at[0]+1, 77) },
@@ -105,11 +106,14 @@ func TestRotAndTornWrites(t *testing.T) {
 				if la, lb := g.log.Replica(a).LastIndex(), g.log.Replica(b).LastIndex(); la != c.want.lastA || lb != c.want.lastB {
 					t.Fatalf("pass %d: logs end at %d and %d, want %d and %d (%v)", pass, la, lb, c.want.lastA, c.want.lastB, g.logged)
 				}
-				if i := c.want.corruptA; i > 0 {
-					if _, err := g.log.Replica(a).Read(i, i+1, 1<<20, true); block.KindOf(err) != block.Corrupt {
+				for k, i := range map[ReplicaKey]uint64{a: c.want.corruptA, b: c.want.corruptB} {
+					if i == 0 {
+						continue
+					}
+					if _, err := g.log.Replica(k).Read(i, i+1, 1<<20, true); block.KindOf(err) != block.Corrupt {
 						t.Fatalf("a rotten payload read as %v", err)
 					}
-					if e, err := g.log.Replica(a).Read(i, i+1, 1<<20, false); err != nil || len(e) != 1 {
+					if e, err := g.log.Replica(k).Read(i, i+1, 1<<20, false); err != nil || len(e) != 1 {
 						t.Fatalf("its header is whole, but reads as %v", err)
 					}
 				}
@@ -170,6 +174,45 @@ func TestRotAfterACleanStop(t *testing.T) {
 	}
 	if d := g.log.Damaged(); len(d) != 1 {
 		t.Fatalf("damaged %v, log ends at %d", d, g.log.Replica(k).LastIndex())
+	}
+}
+
+// TestRotAmongSurvivors damages one block of the last batch of survivors, which
+// a later batch of the other stream shows to be durable: the batch stays, and
+// the next one does not take the place of its other blocks.
+func TestRotAmongSurvivors(t *testing.T) {
+	g := newRig(t, 1, minSegmentBytes, 20)
+	g.open()
+	for i := range uint64(40) {
+		k := ReplicaKey{block.GroupID(i%4 + 1), 1}
+		if i < 4 {
+			g.create(k)
+		}
+		s := g.reps[k].now()
+		g.append(k, s.last()+1, 5, 10)
+		g.run(2 * time.Millisecond)
+		for _, k := range g.keys {
+			g.apply(k)
+		}
+		g.checkpoint()
+		for _, k := range g.keys {
+			g.truncate(k, 0)
+		}
+		g.run(10 * time.Millisecond)
+	}
+	g.run(time.Second)
+	s := g.log.w.open[survivors]
+	if s == nil || g.log.w.durable == s.last {
+		t.Fatal("the script must end with an open segment of survivors that is not the newest")
+	}
+	id, next := s.id, s.next
+	g.loop.Kill()
+	g.rot(id, next-1, 9)
+	if err := g.tryOpen(); err != nil {
+		t.Fatal(err)
+	}
+	if s := g.log.w.open[survivors]; s == nil || s.id != id || s.next != next {
+		t.Fatalf("survivors go on at %+v, not at block %d of segment %d", s, next, id)
 	}
 }
 
