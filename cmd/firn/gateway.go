@@ -86,6 +86,7 @@ func closing(l net.Listener) func(context.Context) error {
 
 // served is a gateway with its frontends.
 type served struct {
+	session uint64
 	id      string
 	cluster block.ClusterID
 	nbdAddr string
@@ -121,6 +122,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	parts.push("gateway's loop", func(context.Context) error { s.loop.Stop(); return nil })
 
 	session := randomNumber()
+	s.session = session
 	network := cfg.network(s.loop, transport.Identity{Hello: transport.Hello{Cluster: cfg.cluster, Session: session}}, "gateway")
 	client := startClient(ctx, "gateway's client", cluster.Config{
 		Loop: s.loop, Store: cfg.store, Network: network, Cluster: cfg.cluster, Log: slog.Default(), OwnerAddr: s.nbdAddr,
@@ -184,14 +186,25 @@ func (f *fronts) view(cluster block.ClusterID) readyView {
 	return v
 }
 
+// maxAnnounced bounds the volumes whose commands are shown.
+const maxAnnounced = 4
+
 // write tells people what is served and how to use it.
 func (f *fronts) write(w io.Writer, v readyView) {
 	fmt.Fprintf(w, "NBD   %s\n", v.NBD)
-	fmt.Fprintf(w, "API   %s   firn status, firn volume ls\n", v.API)
+	command := "firn status"
+	if v.API != defaultAPI {
+		command += " --api " + v.API
+	}
+	fmt.Fprintf(w, "API   %s   %s\n", v.API, command)
 	if v.HTTP != "" {
 		fmt.Fprintf(w, "HTTP  http://%s\n", v.HTTP)
 	}
-	for _, volume := range v.Volumes {
+	for i, volume := range v.Volumes {
+		if i == maxAnnounced {
+			fmt.Fprintf(w, "\nand %d more: firn volume ls\n", len(v.Volumes)-i)
+			break
+		}
 		uri := nbd.URI(f.nbd.Addr(), volume.Name)
 		quoted := uri
 		if strings.ContainsAny(uri, "?&") {
@@ -236,7 +249,7 @@ func newGateway(c *console) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				store, clusterID, err := openMeta(ctx, etcd, parts)
+				store, clusterID, err := openMeta(ctx, c, etcd, parts)
 				if err != nil {
 					return err
 				}
@@ -244,13 +257,16 @@ func newGateway(c *console) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				_, err = openGateway(ctx, gatewayConfig{
+				s, err := openGateway(ctx, gatewayConfig{
 					id: id, cluster: clusterID, folder: folder, store: store, fronts: listeners, metrics: newMetrics(),
 					network: func(l loop.Loop, id transport.Identity, _ string) transport.Network {
 						return grpc.New(grpc.Options{Loop: l, Identity: id, ClientTLS: tls, ServerTLS: tls})
 					},
 				}, parts, failed)
 				if err != nil {
+					return err
+				}
+				if err := c.waiting(ctx, "registering", s.awaitRegistered); err != nil {
 					return err
 				}
 				v := listeners.view(clusterID)
@@ -280,14 +296,41 @@ func required(cmd *cobra.Command, names ...string) error {
 }
 
 // openMeta connects to etcd and finds, or founds, the cluster.
-func openMeta(ctx context.Context, endpoints string, parts *stack) (meta.Store, block.ClusterID, error) {
+func openMeta(ctx context.Context, c *console, endpoints string, parts *stack) (meta.Store, block.ClusterID, error) {
 	ctx, cancel := context.WithTimeout(ctx, etcdTime)
 	defer cancel()
-	store, err := meta.OpenEtcd(ctx, meta.EtcdConfig{Endpoints: strings.Split(endpoints, ",")})
+	var store meta.Store
+	err := c.waiting(ctx, "waiting for etcd at "+endpoints, func(ctx context.Context) (err error) {
+		store, err = meta.OpenEtcd(ctx, meta.EtcdConfig{Endpoints: strings.Split(endpoints, ",")})
+		return err
+	})
 	if err != nil {
-		return nil, block.ClusterID{}, err
+		return nil, block.ClusterID{}, block.Wrap(block.KindOf(err), err, "no etcd within %v: start it, or correct --etcd", etcdTime)
 	}
 	parts.push("etcd client", func(context.Context) error { return store.Close() })
-	c, err := meta.InitCluster(ctx, store, block.NewUUID())
-	return store, c.ID, err
+	found, err := meta.InitCluster(ctx, store, block.NewUUID())
+	return store, found.ID, err
+}
+
+// awaitRegistered waits until the gateway is known under its id. Busy: another
+// process is, for longer than its lease would last without it.
+func (s *served) awaitRegistered(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, etcdTime)
+	defer cancel()
+	return awaitReady(ctx, func(ctx context.Context) error {
+		all, err := meta.ListGateways(ctx, s.store)
+		if err != nil {
+			return err
+		}
+		for _, g := range all {
+			switch {
+			case g.ID != s.id:
+			case g.Incarnation == s.session:
+				return nil
+			default:
+				return block.Errorf(block.Busy, "gateway %q is running already, at %s: give this one another --id, or stop that one", s.id, g.Addr)
+			}
+		}
+		return block.Errorf(block.Unavailable, "gateway %q is not registered yet", s.id)
+	})
 }

@@ -32,7 +32,7 @@ func parseDisk(text string) (node.DiskConfig, error) {
 	if sized {
 		n, err := parseSize(capacity)
 		if err != nil {
-			return d, err
+			return d, block.Wrap(block.Invalid, err, "--disk %s", text)
 		}
 		d.CapacityBytes = n
 	}
@@ -80,7 +80,7 @@ func newNode(c *console, r *remote) *cobra.Command {
 					parts.push("HTTP listener", closing(web))
 				}
 				metrics := newMetrics()
-				store, clusterID, err := openMeta(ctx, etcd, parts)
+				store, clusterID, err := openMeta(ctx, c, etcd, parts)
 				if err != nil {
 					return err
 				}
@@ -103,7 +103,7 @@ func newNode(c *console, r *remote) *cobra.Command {
 				}
 				starting, cancel := context.WithTimeout(ctx, startTime)
 				defer cancel()
-				if err := awaitReady(starting, s.ready); err != nil {
+				if err := c.waiting(starting, "starting", s.awaitReady); err != nil {
 					return err
 				}
 				return c.print(v, func(w io.Writer) {

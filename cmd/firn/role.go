@@ -102,6 +102,9 @@ const pidName = "firn.pid"
 // lockFolder makes dir this process's own. A folder in use is an error that
 // names the process.
 func lockFolder(fs vfs.FS, dir string) (io.Closer, error) {
+	if found, err := os.Stat(dir); err == nil && !found.IsDir() {
+		return nil, block.Errorf(block.Invalid, "data folder %s: that is a file; name a folder", dir)
+	}
 	l, err := vfs.Lock(fs, dir)
 	if err == nil {
 		err = os.WriteFile(dir+"/"+pidName, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644)

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"strconv"
 	"time"
 
@@ -41,6 +43,22 @@ type storageConfig struct {
 type storage struct {
 	loop *loop.System
 	node *node.Node
+	// store and session tell whether the node's place is another process's.
+	store   meta.Store
+	session uint64
+}
+
+// openError gives an error whose cause is on the command line the kind that
+// says so.
+func openError(cfg storageConfig, err error) error {
+	var network *net.OpError
+	switch {
+	case errors.As(err, &network) && network.Op == "listen":
+		return addressError("--listen", cfg.listen, err)
+	case errors.Is(err, block.Invalid), errors.Is(err, block.NotFound):
+		return block.Wrap(block.Invalid, err, "the node's folder cannot be used as asked for")
+	}
+	return err
 }
 
 // openStorage starts a node and its candidate for coordinator, and pushes their
@@ -70,12 +88,12 @@ func openStorage(ctx context.Context, cfg storageConfig, parts *stack) (*storage
 		Logf:      func(format string, args ...any) { slog.Info(fmt.Sprintf(format, args...), "node", cfg.id) },
 	})
 	if err != nil {
-		return nil, err
+		return nil, openError(cfg, err)
 	}
 	if !l.Call(func() { err = n.Start() }) || err != nil {
-		return nil, err
+		return nil, openError(cfg, err)
 	}
-	s := &storage{loop: l, node: n}
+	s := &storage{loop: l, node: n, store: cfg.store, session: session}
 	parts.push(name, s.stop)
 	cfg.metrics.MustRegister(nodeMetrics(strconv.Itoa(int(cfg.id)), fs, s.status))
 	s.coordinate(ctx, cfg, parts)
@@ -120,6 +138,21 @@ func (s *storage) ready(context.Context) error {
 	return nil
 }
 
+// awaitReady waits until the node is ready. Busy: another process is that node.
+func (s *storage) awaitReady(ctx context.Context) error {
+	err := awaitReady(ctx, s.ready)
+	if err == nil {
+		return nil
+	}
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeTimeout)
+	defer cancel()
+	live, listErr := meta.ListLive(asking, s.store)
+	if l, ok := live[s.node.ID()]; listErr == nil && ok && l.Incarnation != s.session {
+		return block.Errorf(block.Busy, "node %d is running already, at %s: give this one another --id, or stop that one", s.node.ID(), l.Addr)
+	}
+	return err
+}
+
 // await starts something on the loop and waits for its answer.
 func await(ctx context.Context, l loop.Loop, start func(done func(error))) error {
 	answer := make(chan error, 1)
@@ -132,19 +165,24 @@ func await(ctx context.Context, l loop.Loop, start func(done func(error))) error
 	}
 }
 
-// awaitReady asks until ready holds.
+// awaitReady asks until ready holds. When ctx ends it returns the last reason
+// that is not ctx's own end.
 func awaitReady(ctx context.Context, ready func(context.Context) error) error {
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
+	var why error
 	for {
 		err := ready(ctx)
 		if err == nil {
 			return nil
 		}
+		if why == nil || ctx.Err() == nil {
+			why = err
+		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return err
+			return why
 		}
 	}
 }

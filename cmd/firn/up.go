@@ -108,14 +108,14 @@ func parseWanted(texts []string) ([]wanted, error) {
 			return nil, block.Errorf(block.Invalid, "--volume %q: write it as NAME=SIZE, such as demo=10G", text)
 		}
 		if err := meta.CheckVolumeName(name); err != nil {
-			return nil, err
+			return nil, block.Wrap(block.Invalid, err, "--volume %s", text)
 		}
 		n, err := parseSize(sizeText)
-		if err != nil {
-			return nil, err
+		if err == nil {
+			err = meta.CheckSize(n, 512)
 		}
-		if err := meta.CheckSize(n, 512); err != nil {
-			return nil, err
+		if err != nil {
+			return nil, block.Wrap(block.Invalid, err, "--volume %s", text)
 		}
 		out = append(out, wanted{name, n})
 	}
@@ -242,17 +242,21 @@ func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts 
 	if err != nil {
 		return err
 	}
-	if err := c.waiting(starting, "creating volumes", func(ctx context.Context) error { return s.ensure(ctx, volumes) }); err != nil {
+	if err := c.waiting(starting, "creating volumes", func(ctx context.Context) error { return s.ensure(ctx, c, volumes) }); err != nil {
 		return err
 	}
 	return s.announce(ctx, c, u.data, state.Nodes, listeners)
 }
 
-// ensure creates the volumes that are missing. One that is there keeps its size.
-func (s *served) ensure(ctx context.Context, volumes []wanted) error {
+// ensure creates the volumes that are missing. One that is there keeps its
+// size; if that is not the one asked for, a person is told.
+func (s *served) ensure(ctx context.Context, c *console, volumes []wanted) error {
 	for _, w := range volumes {
-		_, err := meta.FindVolume(ctx, s.store, w.name)
+		v, err := meta.FindVolume(ctx, s.store, w.name)
 		if err == nil {
+			if v.SizeBytes != w.bytes {
+				fmt.Fprintf(c.err, "firn: volume %s is there with %s and keeps that; `firn volume resize` changes it\n", w.name, formatSize(v.SizeBytes))
+			}
 			continue
 		}
 		if block.KindOf(err) != block.NotFound {

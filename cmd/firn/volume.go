@@ -69,7 +69,7 @@ func orDash(s string) string {
 }
 
 func writeVolumes(w io.Writer, vs []volumeView) {
-	fmt.Fprintln(w, "NAME\tSIZE\tREPLICAS\tATTACHED TO\tCLIENTS\tNOTES")
+	fmt.Fprintln(w, "NAME\tSIZE\tREPLICAS\tATTACHED TO\tCLIENTS HERE\tNOTES")
 	for _, v := range vs {
 		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%d\t%s\n", v.Name, formatSize(v.SizeBytes), v.Replicas, orDash(v.AttachedTo), v.Clients, v.flags())
 	}
