@@ -77,6 +77,8 @@ func (s *shop) attached() int {
 // closed tells how many backends were closed, as the loop knows it.
 func (s *shop) closed() (n int) {
 	s.loop.Call(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		for _, b := range s.backends {
 			if b.closed {
 				n++
