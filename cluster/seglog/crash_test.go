@@ -80,10 +80,11 @@ var scripts = map[string]func(g *rig){
 		g.run(5 * time.Millisecond)
 	},
 	"votes, and nothing else": func(g *rig) {
-		k := ReplicaKey{1, 1}
-		g.create(k)
-		for i := range uint64(70) {
-			g.write(k, Write{HardState: &HardState{6 + i, 1 + i%3, 10}})
+		for i := range 36 { // so many that a state table is torn across sectors
+			g.create(ReplicaKey{block.GroupID(i + 1), 1})
+		}
+		for i := range uint64(40) {
+			g.write(g.keys[i%36], Write{HardState: &HardState{1000 + i, 1 + i%3, 10}})
 			g.run(500 * time.Microsecond)
 		}
 	},
