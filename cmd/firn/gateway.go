@@ -236,7 +236,7 @@ func newGateway(c *console) *cobra.Command {
 				return err
 			}
 			return serveUntil(cmd.Context(), func(ctx context.Context, parts *stack, failed func(error)) error {
-				lock, err := lockFolder(vfs.NewOS(), data)
+				lock, err := lockFolder(ctx, vfs.NewOS(), data)
 				if err != nil {
 					return err
 				}

@@ -97,15 +97,28 @@ func logFlag(cmd *cobra.Command, level *string, normal string) {
 	cmd.Flags().StringVar(level, "log-level", normal, "least level that is logged: debug, info, warn or error")
 }
 
-const pidName = "firn.pid"
+const (
+	pidName = "firn.pid"
+	// lockTime is how long a folder in use is waited for: a process that was
+	// killed holds its locks until the kernel has ended its I/O.
+	lockTime = time.Second
+)
 
-// lockFolder makes dir this process's own. A folder in use is an error that
-// names the process.
-func lockFolder(fs vfs.FS, dir string) (io.Closer, error) {
+// lockFolder makes dir this process's own. A folder that stays in use is an
+// error that names the process.
+func lockFolder(ctx context.Context, fs vfs.FS, dir string) (io.Closer, error) {
 	if found, err := os.Stat(dir); err == nil && !found.IsDir() {
 		return nil, block.Errorf(block.Invalid, "data folder %s: that is a file; name a folder", dir)
 	}
-	l, err := vfs.Lock(fs, dir)
+	var l io.Closer
+	ctx, cancel := context.WithTimeout(ctx, lockTime)
+	defer cancel()
+	err := awaitReady(ctx, func(context.Context) (err error) {
+		if l, err = vfs.Lock(fs, dir); err != nil && block.KindOf(err) != block.Busy {
+			cancel() // waiting helps no more
+		}
+		return err
+	})
 	if err == nil {
 		err = os.WriteFile(dir+"/"+pidName, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644)
 		if err != nil {

@@ -167,7 +167,7 @@ func newUp(c *console) *cobra.Command {
 // open starts everything in its order. What it opened is on parts also when it fails.
 func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts *stack, failed func(error)) error {
 	disk := vfs.NewOS()
-	lock, err := lockFolder(disk, u.data)
+	lock, err := lockFolder(ctx, disk, u.data)
 	if err != nil {
 		return err
 	}
