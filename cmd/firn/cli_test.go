@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -142,6 +143,10 @@ func TestCommandLineErrors(t *testing.T) {
 		{"volume ls --api 127.0.0.1:1", 6, "no answer from 127.0.0.1:1"},
 		{"volume ls --api 192.0.2.1:7400", 2, "--insecure"},
 		{"volume ls --tls-cert x", 2, "belong together"},
+		{"up --volume demo=0", 2, "--volume demo=0: size 0"},
+		{"up --data cli_test.go", 2, "that is a file"},
+		{"node --id 1 --disk d=3Q --etcd e", 2, "--disk d=3Q"},
+		{"gateway --id g --data d --etcd", 2, "needs an argument"},
 	} {
 		var out, errs bytes.Buffer
 		con := &console{in: strings.NewReader(""), out: &out, err: &errs}
@@ -160,6 +165,32 @@ func TestHelpNamesEveryCommand(t *testing.T) {
 	for _, name := range []string{"up", "node", "gateway", "volume", "status", "health"} {
 		if !strings.Contains(out.String(), "\n  "+name+" ") {
 			t.Errorf("--help does not list %s:\n%s", name, out.String())
+		}
+	}
+}
+
+func TestOpenErrorNamesItsCause(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	_, inUse := net.Listen("tcp", taken.Addr().String())
+	cfg := storageConfig{listen: taken.Addr().String()}
+	for _, c := range []struct {
+		err  error
+		exit int
+		text string
+	}{
+		{block.Wrap(block.Unavailable, inUse, "listen"), 5, "choose another address with --listen"},
+		{block.Wrap(block.Unavailable, block.Errorf(block.Invalid, "too small"), "no usable disk"), 2, "too small"},
+		{block.Errorf(block.NotFound, "make folder /proc/x"), 2, "/proc/x"},
+		{block.Errorf(block.Busy, "folder in use"), 5, "folder in use"},
+		{block.Errorf(block.Unavailable, "disk failed"), 6, "disk failed"},
+	} {
+		got := openError(cfg, c.err)
+		if exitCode(got) != c.exit || !strings.Contains(got.Error(), c.text) {
+			t.Errorf("%v: exit %d, %v; want %d and %q", c.err, exitCode(got), got, c.exit, c.text)
 		}
 	}
 }
