@@ -425,6 +425,84 @@ func TestMoveOfOlderData(t *testing.T) {
 	}
 }
 
+// TestMoveHiddenByAMarker: the move came before the older generation was given
+// up; when the reaper forgets marker and originals, the moved copy goes too.
+func TestMoveHiddenByAMarker(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t, memstore.New())
+	g.want(wire.OutcomeApplied, fence(1, 1))
+	from := g.at
+	old := g.want(wire.OutcomeApplied, g.next(write(1, 0, 0, 0)))
+	newer := g.next(write(1, 0, 0, 0))
+	newer.Generation = 1
+	g.want(wire.OutcomeApplied, newer)
+	trim := g.next(wire.Command{Type: wire.CmdMark, ToChunk: 1, Generation: 1})
+	g.want(wire.OutcomeApplied, trim)
+	g.checkpoint()
+	g.db.ApplyMoves([]seglog.Move{{Record: seglog.Record{Key: key, Volume: vol, Written: old.Version, CRCs: []uint32{1}}, From: from, To: seglog.Location{Segment: 9}}})
+	if g.db.LiveBlocks(9) != 1 {
+		t.Fatal("the older generation's block did not move")
+	}
+	at, term := g.r.Applied()
+	g.r.SetRetained(at+1, term, vol, 1, nil)
+	g.do(g.r.StartReap(100))
+	if got := g.writtenAt(0, 0); g.r.Pending().Markers != 0 || got != 0 {
+		t.Errorf("with %d markers block 0 is of entry %d", g.r.Pending().Markers, got)
+	}
+	g.flush()
+	if n := g.db.LiveTotal(); n != 0 || g.db.LiveBlocks(9) != 0 {
+		t.Errorf("%d blocks live", n)
+	}
+}
+
+// TestTrimmedDeltaIsNotStored: what a marker hides before its first checkpoint
+// never reaches the store.
+func TestTrimmedDeltaIsNotStored(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t, memstore.New())
+	g.want(wire.OutcomeApplied, fence(1, 1))
+	for b := range block.Index(64) {
+		g.want(wire.OutcomeApplied, g.next(write(1, 0, 0, b)))
+	}
+	g.want(wire.OutcomeApplied, g.next(wire.Command{Type: wire.CmdMark, ToChunk: 1}))
+	g.checkpoint()
+	if n := g.db.LiveTotal(); n != 0 || g.r.Usage(vol) != 0 {
+		t.Errorf("%d blocks live, usage %d", n, g.r.Usage(vol))
+	}
+}
+
+// TestMovedTwice: a part of what was moved and not merged is moved once more;
+// each block is where it was moved to last.
+func TestMovedTwice(t *testing.T) {
+	t.Parallel()
+	g := newGroup(t, memstore.New())
+	g.want(wire.OutcomeApplied, fence(1, 1))
+	from := g.at
+	cmd := g.next(write(1, 0, 0, 0))
+	cmd.Count, cmd.PayloadBytes, cmd.CRCs = 4, 4*block.Size, []uint32{1, 2, 3, 4}
+	record := seglog.Record{Key: key, Volume: vol, Written: g.want(wire.OutcomeApplied, cmd).Version, CRCs: cmd.CRCs}
+	g.checkpoint()
+	second := record
+	second.Block, second.CRCs = 1, cmd.CRCs[1:3]
+	g.db.ApplyMoves([]seglog.Move{
+		{Record: record, From: from, To: seglog.Location{Segment: 8}},
+		{Record: second, From: seglog.Location{Segment: from.Segment, Block: from.Block + 1}, To: seglog.Location{Segment: 9}},
+	})
+	for _, merged := range []bool{false, true} {
+		if merged {
+			g.checkpoint()
+		}
+		runs := g.look(index.Query{Volume: vol, Generation: block.GenerationLatest, Count: 4})
+		want := []seglog.Location{{Segment: 8}, {Segment: 9}, {Segment: 8, Block: 3}}
+		if len(runs) != 3 || runs[0].Place.At != want[0] || runs[1].Place.At != want[1] || runs[2].Place.At != want[2] || runs[2].CRCs[0] != 4 {
+			t.Fatalf("merged %v: %+v", merged, runs)
+		}
+	}
+	if n := g.db.LiveTotal(); n != 4 {
+		t.Errorf("%d blocks live", n)
+	}
+}
+
 func TestRemove(t *testing.T) {
 	t.Parallel()
 	g := newGroup(t, memstore.New())
@@ -539,5 +617,46 @@ func TestDamagedStore(t *testing.T) {
 				r.Digest()
 			}
 		}
+	}
+}
+
+// TestColdChunks: what the format holds for the tier survives writes and
+// trims: a record that names objects is not forgotten (T2), and a write over
+// part of a frame leaves the rest readable.
+func TestColdChunks(t *testing.T) {
+	t.Parallel()
+	store := memstore.New()
+	g := newGroup(t, store)
+	g.want(wire.OutcomeApplied, fence(1, 1))
+	written := g.want(wire.OutcomeApplied, g.next(write(1, 0, 0, 900))).Version
+	g.checkpoint()
+	if err := g.r.PutCold(vol, 0, 4, written, written+100); err != nil {
+		t.Fatal(err)
+	}
+	g.flush()
+	g = newGroup(t, store.Crash(0))
+	g.op = 1
+	g.want(wire.OutcomeApplied, g.next(write(1, 0, 0, 5)))
+	for range 2 {
+		runs := g.look(index.Query{Volume: vol, Generation: block.GenerationLatest, Block: 4, Count: 4})
+		if len(runs) != 3 || runs[0].Count != 1 || runs[1].Place.Kind != index.KindLocal || runs[2].Count != 2 || runs[2].CRCs[1] != 4 {
+			t.Fatalf("%+v", runs)
+		}
+		if p := runs[2].Place; p.Kind != index.KindCold || !p.Framed || p.Skip != 4 || p.Object != 1 || p.Offset != 77 || p.Stored != 9000 || p.Key != 3 {
+			t.Fatalf("%+v", p)
+		}
+		if g.r.Pending().Entries > 0 {
+			g.checkpoint()
+		}
+	}
+	version, changed, objects, err := g.r.ChunkRecord(vol, 0)
+	if err != nil || version <= written || changed != written+100 || objects != 1 {
+		t.Fatalf("version %v, changed %v, %d objects, %v", version, changed, objects, err)
+	}
+	g.want(wire.OutcomeApplied, g.next(wire.Command{Type: wire.CmdMark, ToChunk: 1}))
+	g.checkpoint()
+	g.do(g.r.StartReap(1000))
+	if _, _, objects, err := g.r.ChunkRecord(vol, 0); err != nil || objects != 1 || g.r.Pending().Markers != 1 {
+		t.Fatalf("a name was forgotten: %d objects, %d markers, %v", objects, g.r.Pending().Markers, err)
 	}
 }

@@ -75,8 +75,7 @@ func (m *merger) digestCell(h hash.Hash64, v *volume, c block.Chunk, base uint16
 		extents := layers[i].cell(base)
 		first := layers[i].search(base)
 		for j := range extents {
-			e := &extents[j]
-			m.cell.add(candidate{gen: e.gen, written: e.written, layer: layer(i), from: uint8(e.block - base), count: e.count, src: first + j})
+			m.cell.addExtent(&extents[j], layer(i), base, first+j)
 		}
 	}
 	for j := range m.found {

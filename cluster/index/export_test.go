@@ -148,3 +148,25 @@ func (r *Replica) storeLive(v *volume, put func(string, seglog.Location, uint16)
 	}
 	return blocks, err
 }
+
+// PutCold stands for a tier commit of a later format level: it stores an extent
+// of four blocks in a cold object, and the object's name in the chunk's record.
+func (r *Replica) PutCold(id block.VolumeID, c block.Chunk, b uint16, written, changed block.Version) error {
+	v := r.volumes[id]
+	batch := r.db.store.NewBatch()
+	batch.Set(appendExtentKey(nil, r.local, extentKey{v.number, c, b, 0, written}),
+		appendExtent(nil, &stored{count: 4, place: Place{Kind: KindCold, Framed: true, Skip: 2, Codec: 1, Key: 3, Stored: 9000, Object: 1, Offset: 77}, crcs: []uint32{1, 2, 3, 4}}))
+	batch.Set(appendChunkKey(nil, r.local, v.number, c),
+		appendChunk(nil, &chunkRecord{version: written, changed: changed, objects: []object{{1, 12345, "cold/1"}}}))
+	return r.db.store.Commit(batch)
+}
+
+// ChunkRecord is what the store holds of a chunk.
+func (r *Replica) ChunkRecord(id block.VolumeID, c block.Chunk) (version, changed block.Version, objects int, err error) {
+	p, ok, err := r.db.snap.Get(nil, appendChunkKey(nil, r.local, r.volumes[id].number, c))
+	if !ok || err != nil {
+		return 0, 0, 0, err
+	}
+	rec, err := decodeChunk(p)
+	return rec.version, rec.changed, len(rec.objects), err
+}

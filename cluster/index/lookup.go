@@ -179,7 +179,7 @@ func (l *Lookup) memory(d *volumeDelta) {
 		}
 		for b := max(e.block, first); b < min(e.block+uint16(e.count), end); b++ {
 			s := &l.slots[b-first]
-			if s.final || !s.offer(e.gen, e.written) {
+			if e.live&(1<<(b-e.block)) == 0 || s.final || !s.offer(e.gen, e.written) {
 				continue
 			}
 			if s.state = slotZero; !e.zero() {

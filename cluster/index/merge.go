@@ -290,8 +290,7 @@ func (m *merger) mergeChunk(fv *frozenVolume, c block.Chunk, d *chunkDelta) erro
 		m.cell.reset()
 		m.cell.addMarkers(fv.now, c)
 		for j := i; j < end; j++ {
-			e := &d.extents[j]
-			m.cell.add(candidate{gen: e.gen, written: e.written, layer: layerFrozen, from: uint8(e.block - base), count: e.count, src: j})
+			m.cell.addExtent(&d.extents[j], layerFrozen, base, j)
 		}
 		for j := range m.found {
 			e := &m.found[j]
@@ -391,7 +390,7 @@ func (m *merger) put(k extentKey, e *stored) {
 // writeFrozen writes what is live of a new extent.
 func (m *merger) writeFrozen(volume uint32, c block.Chunk, base uint16, d *chunkDelta, k *candidate) {
 	e := &d.extents[k.src]
-	live := k.live >> k.from & e.live
+	live := k.live >> k.from
 	if !e.zero() {
 		at := seglog.Location{Segment: e.segment, Block: e.at}
 		m.kill(at, e.live&^live)

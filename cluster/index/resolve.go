@@ -24,7 +24,7 @@ type candidate struct {
 	from    uint8  // first block, relative to the cell
 	count   uint8  // blocks
 	src     int    // which one of its layer
-	cover   uint16 // its blocks, relative to the cell
+	cover   uint16 // its blocks, relative to the cell; of extents in memory those that are live
 	live    uint16 // those that some view sees, relative to the cell
 	plain   uint16 // the same, if there were no markers
 	tied    bool   // a newer layer has the same (generation, written) over some of it
@@ -39,7 +39,9 @@ type cell struct {
 func (c *cell) reset() { c.cands, c.markers = c.cands[:0], 0 }
 
 func (c *cell) add(k candidate) {
-	k.cover = (1<<k.count - 1) << k.from
+	if k.cover == 0 {
+		k.cover = (1<<k.count - 1) << k.from
+	}
 	if k.layer == layerMarker {
 		c.markers++
 	}
@@ -50,6 +52,13 @@ func (c *cell) add(k candidate) {
 		c.cands[i] = c.cands[i-1]
 	}
 	c.cands[i] = k
+}
+
+// addExtent adds an extent of a delta. Its dead blocks are left out: a newer
+// extent of the same delta has them, or the same bytes moved once more.
+func (c *cell) addExtent(e *extent, l layer, base uint16, src int) {
+	from := uint8(e.block - base)
+	c.add(candidate{gen: e.gen, written: e.written, layer: l, from: from, count: e.count, cover: e.live << from, src: src})
 }
 
 func (c *cell) addMarkers(m *markers, chunk block.Chunk) {
