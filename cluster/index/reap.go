@@ -13,6 +13,10 @@ type reapCursor struct {
 	next block.Chunk
 }
 
+// reapSpans bounds the markers of one job of the reaper: memory forgets them
+// within one turn of the Loop.
+const reapSpans = 512
+
 // reaping is one step of the reaper: a part of one marker's range.
 type reaping struct {
 	volume  *volume // for Finish; Run reads only number
@@ -37,24 +41,23 @@ func (r *Replica) StartReap(extents int) *Job {
 	if r.busy || r.removed || r.spans == 0 {
 		return nil
 	}
-	step := r.nextReaping()
-	if step == nil {
+	steps := r.nextReaping()
+	if len(steps) == 0 {
 		return nil
 	}
-	step.budget = max(extents, 1)
 	m := newMerger(r)
 	var out mergeResult
 	return &Job{
 		run: func() (err error) {
-			out, err = m.reap(step)
+			out, err = m.reap(steps, max(extents, 1))
 			return err
 		},
-		finish: func() { r.finishReap(step, m, out) },
+		finish: func() { r.finishReap(steps, m, out) },
 	}
 }
 
-// nextReaping picks the first marker that the store's checkpoint has.
-func (r *Replica) nextReaping() *reaping {
+// nextReaping picks the first markers of a layer that the store's checkpoint has.
+func (r *Replica) nextReaping() (steps []*reaping) {
 	merged := block.MakeVersion(r.group.era, r.committed)
 	for _, v := range r.order {
 		for i := range v.markers.layers {
@@ -63,32 +66,57 @@ func (r *Replica) nextReaping() *reaping {
 				if s.written > merged {
 					continue
 				}
-				c := &v.reapCursor
-				if c.gen != l.gen || c.span.written != s.written || c.next < s.from || c.next >= s.to {
-					*c = reapCursor{gen: l.gen, span: s, next: s.from}
+				if len(steps) == reapSpans {
+					return steps
+				}
+				from := s.from
+				if c := &v.reapCursor; c.gen == l.gen && c.span.written == s.written && c.next >= s.from && c.next < s.to {
+					from = c.next
+				}
+				if len(steps) > 0 {
+					steps = append(steps, steps[0].next(s, from))
+					continue
 				}
 				keep := v.retention()
 				keep.list = append([]block.Generation(nil), keep.list...)
-				return &reaping{volume: v, number: v.number, gen: l.gen, span: s, from: c.next,
-					markers: v.saved, keep: keep, blocks: v.storeBlocks, kept: make(map[block.Chunk]bool)}
+				steps = append(steps, &reaping{volume: v, number: v.number, gen: l.gen, span: s, from: from,
+					markers: v.saved, keep: keep, blocks: v.storeBlocks})
+			}
+			if len(steps) > 0 {
+				return steps
 			}
 		}
 	}
 	return nil
 }
 
-func (m *merger) reap(s *reaping) (out mergeResult, err error) {
+// next is a step of the same job over another marker of the layer.
+func (s *reaping) next(marker span, from block.Chunk) *reaping {
+	other := *s
+	other.span, other.from = marker, from
+	return &other
+}
+
+// reap takes steps until it has used up its budget. A step that it did not come
+// to has scanned nothing.
+func (m *merger) reap(steps []*reaping, budget int) (out mergeResult, err error) {
+	first := steps[0]
 	m.batch = m.store.NewBatch()
 	m.changes = make([]int, 1)
 	if err := m.open(); err != nil {
 		return out, err
 	}
-	err = m.reapExtents(s)
+	for _, s := range steps {
+		s.budget = budget
+		if err = m.reapExtents(s); err == nil {
+			err = m.reapRecords(s)
+		}
+		if budget = s.budget; err != nil || budget <= 0 {
+			break
+		}
+	}
 	if cerr := m.it.Close(); err == nil {
 		err = cerr
-	}
-	if err == nil {
-		err = m.reapRecords(s)
 	}
 	if err != nil {
 		return out, err
@@ -96,8 +124,8 @@ func (m *merger) reap(s *reaping) (out mergeResult, err error) {
 	if out.dead, err = m.saveLive(); err != nil {
 		return out, err
 	}
-	out.blocks = []int64{max(0, s.blocks+int64(m.changes[0]))}
-	m.saveUsage(s.number, s.blocks, out.blocks[0])
+	out.blocks = []int64{max(0, first.blocks+int64(m.changes[0]))}
+	m.saveUsage(first.number, first.blocks, out.blocks[0])
 	return out, m.store.Commit(m.batch)
 }
 
@@ -156,6 +184,9 @@ func (m *merger) reapCell(s *reaping, c block.Chunk, base uint16, gone *deadRang
 		return
 	}
 	gone.write(m.batch)
+	if s.kept == nil {
+		s.kept = make(map[block.Chunk]bool)
+	}
 	s.kept[c] = true
 	m.rewriteStored(base)
 	m.leaveZeros(s, c, base)
@@ -206,13 +237,22 @@ func (m *merger) reapRecords(s *reaping) error {
 	})
 }
 
-// finishReap brings memory up to the step, and forgets the marker when its
+// finishReap brings memory up to the steps, and forgets the markers whose
 // range is done. What was moved into the delta before the step, and is hidden,
 // goes with its original: nothing would hide it later. The marker's record and the floor version are saved
 // by the next checkpoint; until then a restart finds it again.
-func (r *Replica) finishReap(s *reaping, m *merger, out mergeResult) {
+func (r *Replica) finishReap(steps []*reaping, m *merger, out mergeResult) {
+	steps[0].volume.storeBlocks = out.blocks[0]
+	for _, s := range steps {
+		if s.scanned > s.from {
+			r.finishStep(s)
+		}
+	}
+	r.settleJob(m, out.dead, r.committed)
+}
+
+func (r *Replica) finishStep(s *reaping) {
 	v := s.volume
-	v.storeBlocks = out.blocks[0]
 	for c, ok := v.chunks.next(s.from); ok && c < s.scanned; c, ok = v.chunks.next(c + 1) {
 		at, _ := v.chunks.get(c)
 		r.dropHidden(v, c, s)
@@ -224,7 +264,7 @@ func (r *Replica) finishReap(s *reaping, m *merger, out mergeResult) {
 			v.chunks.remove(c)
 		}
 	}
-	v.reapCursor.next = s.scanned
+	v.reapCursor = reapCursor{gen: s.gen, span: s.span, next: s.scanned}
 	if s.scanned == s.span.to && !s.named {
 		r.ownMarkers(v)
 		before := v.markers.count()
@@ -233,7 +273,6 @@ func (r *Replica) finishReap(s *reaping, m *merger, out mergeResult) {
 		v.floorVersion = max(v.floorVersion, s.span.written)
 		r.soil(v)
 	}
-	r.settleJob(m, out.dead, r.committed)
 }
 
 func (r *Replica) dropHidden(v *volume, c block.Chunk, s *reaping) {

@@ -49,21 +49,42 @@ func (d *disk) upkeep(now clock.Instant) {
 		d.checkpoint(nil, func(error) {})
 		return
 	}
-	for _, rep := range d.replicas() {
-		if rep.state.Pending().Markers == 0 {
-			continue
-		}
-		if job := rep.state.StartReap(reapExtents); job != nil {
+	d.reap()
+}
+
+// reap runs a job of the reaper for one replica, or for all when room is short.
+// A flush follows: only then is what they removed free.
+func (d *disk) reap() {
+	reps := d.replicas()
+	var next func()
+	next = func() {
+		for len(reps) > 0 {
+			rep := reps[0]
+			reps = reps[1:]
+			if rep.state.Pending().Markers == 0 {
+				continue
+			}
+			job := rep.state.StartReap(reapExtents)
+			if job == nil {
+				continue
+			}
 			d.busy = true
-			d.run(job, func(error) {
+			d.run(job, func(err error) {
 				d.busy = false
 				d.needFlush = true
 				d.node.counters.Reaped++
+				if err == nil && d.crowded() {
+					next()
+				}
 			})
 			return
 		}
 	}
+	next()
 }
+
+// crowded tells whether writers are slowed for want of room.
+func (d *disk) crowded() bool { return d.taken()*100 >= d.size()*slowPercent }
 
 // pressed tells whether the logs claim more than their cap, or free segments
 // are short.
@@ -72,10 +93,12 @@ func (d *disk) pressed() bool {
 }
 
 // due returns the replicas to checkpoint now: all that changed when memory or
-// log are over their bounds, else those whose oldest change is old.
+// log are over their bounds, or when room is short and a marker waits for its
+// checkpoint, which the reaper needs; else those whose oldest change is old.
 func (d *disk) due(now clock.Instant) []*replica {
 	pace := &d.node.cfg.Pace
 	updates := 0
+	trimmed := false
 	var changed, old []*replica
 	for _, rep := range d.replicas() {
 		p := rep.state.Pending()
@@ -84,6 +107,7 @@ func (d *disk) due(now clock.Instant) []*replica {
 			continue
 		}
 		changed = append(changed, rep)
+		trimmed = trimmed || p.Markers > 0
 		if rep.dirty && now.Sub(rep.dirtySince) >= pace.CheckpointAge {
 			old = append(old, rep)
 		}
@@ -91,7 +115,7 @@ func (d *disk) due(now clock.Instant) []*replica {
 	if updates >= pace.CheckpointUpdates {
 		return changed
 	}
-	if d.pressed() && d.ticks >= checkpointPause {
+	if (d.pressed() || trimmed && d.crowded()) && d.ticks >= checkpointPause {
 		d.ticks = 0
 		d.needSpace = false
 		return changed
