@@ -23,10 +23,42 @@ import (
 	"time"
 )
 
-// part is one step of the whole. run returns what passed and what failed.
+// part is one step of the whole.
 type part struct {
 	name string
 	run  func(*report)
+	// beside starts the part at once, beside those before it: it keeps one
+	// processor busy and nothing in it depends on time.
+	beside bool
+}
+
+// outcome is what a part did. Of a part that runs beside others, what it
+// printed is held back until its turn.
+type outcome struct {
+	report
+	took time.Duration
+	text bytes.Buffer
+	done chan struct{} // closed when the part has ended
+}
+
+func (p part) start(out io.Writer) *outcome {
+	o := &outcome{done: make(chan struct{})}
+	o.out = out
+	if p.beside {
+		o.out = &o.text
+	}
+	run := func() {
+		begin := time.Now()
+		p.run(&o.report)
+		o.took = time.Since(begin)
+		close(o.done)
+	}
+	if p.beside {
+		go run()
+	} else {
+		run()
+	}
+	return o
 }
 
 // report counts the results of one part.
@@ -46,7 +78,7 @@ func (r *report) fail(format string, args ...any) {
 var (
 	long     = flag.Bool("long", false, "run the long variants too (FIRN_TEST_LONG=1)")
 	only     = flag.String("only", "", "run only these parts, separated by commas")
-	fuzzTime = flag.Duration("fuzztime", 0, "how long each fuzz target runs (default 2s, with -long 20s)")
+	fuzzTime = flag.Duration("fuzztime", 0, "how long each fuzz target runs (default 2s, with -long 10s)")
 	seeds    = flag.Int("seeds", 0, "how many seeds the simulation runs (default 50, with -long 200)")
 )
 
@@ -56,19 +88,19 @@ func main() {
 	if *long {
 		length = "long"
 		os.Setenv("FIRN_TEST_LONG", "1")
-		*fuzzTime, *seeds = cmp.Or(*fuzzTime, 20*time.Second), cmp.Or(*seeds, 200)
+		*fuzzTime, *seeds = cmp.Or(*fuzzTime, 10*time.Second), cmp.Or(*seeds, 200)
 	}
 	*fuzzTime, *seeds = cmp.Or(*fuzzTime, 2*time.Second), cmp.Or(*seeds, 50)
 	os.Setenv("FIRN_SIM_SEEDS", strconv.Itoa(*seeds))
 	parts := []part{
-		{"tools", tools},
-		{"format", format},
-		{"vet", vet},
-		{"unit", unit},
-		{"race", race},
-		{"fuzz", fuzz},
-		{"sim", func(r *report) { goTest(r, "-timeout", "40m", "./test/sim/...") }},
-		{"e2e", func(r *report) { goTest(r, "-timeout", "30m", "./test/e2e/...") }},
+		{name: "tools", run: tools},
+		{name: "format", run: format},
+		{name: "vet", run: vet},
+		{name: "unit", run: unit},
+		{name: "race", run: race},
+		{name: "fuzz", run: fuzz},
+		{name: "sim", run: func(r *report) { goTest(r, "-timeout", "60m", "./test/sim/...") }, beside: true},
+		{name: "e2e", run: func(r *report) { goTest(r, "-timeout", "30m", "./test/e2e/...") }},
 	}
 	if *only != "" {
 		wanted := strings.Split(*only, ",")
@@ -78,17 +110,26 @@ func main() {
 			os.Exit(2)
 		}
 	}
-	total := report{out: os.Stdout}
+	var total report
 	start := time.Now()
+	started := map[string]*outcome{}
 	for _, p := range parts {
-		r := report{out: os.Stdout}
-		begin := time.Now()
-		p.run(&r)
-		fmt.Printf("%-8s %-5s %6.1f s   %d passed, %d failed\n", p.name, length, time.Since(begin).Seconds(), r.passed, r.failed)
-		total.passed += r.passed
-		total.failed += r.failed
-		if p.name == "tools" && r.failed > 0 {
+		o := started[p.name]
+		if o == nil {
+			o = p.start(os.Stdout)
+		}
+		<-o.done
+		os.Stdout.Write(o.text.Bytes())
+		fmt.Printf("%-8s %-5s %6.1f s   %d passed, %d failed\n", p.name, length, o.took.Seconds(), o.passed, o.failed)
+		total.passed += o.passed
+		total.failed += o.failed
+		if p.name == "tools" && o.failed > 0 {
 			break
+		}
+		for _, q := range parts {
+			if q.beside && started[q.name] == nil {
+				started[q.name] = q.start(os.Stdout)
+			}
 		}
 	}
 	fmt.Printf("total          %6.1f s\n", time.Since(start).Seconds())
