@@ -310,7 +310,7 @@ func (d *disk) abandon() error {
 	return cmp.Or(first, d.lock.Close())
 }
 
-// size is what Firn may fill.
+// size is what Firn may use.
 func (d *disk) size() int64 {
 	if d.log == nil {
 		return d.cfg.CapacityBytes
@@ -318,9 +318,25 @@ func (d *disk) size() int64 {
 	return d.log.Space().TotalBytes
 }
 
-// taken is what counts as full of it (S7). Segments that the log claims count
+const (
+	// openSegments are those that the log writes to: of fresh data and of survivors.
+	openSegments = 2
+	// reserveSegments never hold live data for good: the open ones, and two that
+	// the log leaves to truncations and survivors.
+	reserveSegments = openSegments + 2
+)
+
+// room is what live data and logs may fill. On a small disk it is much less
+// than all; there, too, writes are refused before they would wait for segments
+// that never become free.
+func (d *disk) room() int64 { return d.size() - reserveSegments*d.sb.SegmentBytes }
+
+// taken is what counts as full of room (S7). Segments that the log claims count
 // whole: what is dead in them cannot be collected before they are truncated.
-func (d *disk) taken() int64 { return d.log.Space().HeldBytes }
+func (d *disk) taken() int64 {
+	sp := d.log.Space()
+	return max(sp.LiveBytes, sp.HeldBytes-openSegments*d.sb.SegmentBytes)
+}
 
 func (d *disk) logCap() int64 {
 	return cmp.Or(d.node.cfg.Pace.LogBytes, max(minLogBytes, min(maxLogBytes, d.size()*logPercent/100)))

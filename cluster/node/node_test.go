@@ -45,16 +45,17 @@ type lab struct {
 	nodes   []*machine
 	// capacity is what each disk may fill, in bytes.
 	capacity int64
+	age      time.Duration // of what is not checkpointed
 }
 
 func newLab(t *testing.T, nodes int) *lab {
 	t.Helper()
-	return newLabOf(t, nodes, 256<<20)
+	return newLabOf(t, nodes, 256<<20, 300*time.Millisecond)
 }
 
-func newLabOf(t *testing.T, nodes int, capacity int64) *lab {
+func newLabOf(t *testing.T, nodes int, capacity int64, age time.Duration) *lab {
 	t.Helper()
-	l := &lab{t: t, ctx: context.Background(), cluster: block.NewUUID(), meta: meta.NewMem(clock.System{}), fabric: inproc.NewFabric(nil), capacity: capacity}
+	l := &lab{t: t, ctx: context.Background(), cluster: block.NewUUID(), meta: meta.NewMem(clock.System{}), fabric: inproc.NewFabric(nil), capacity: capacity, age: age}
 	for i := range nodes {
 		m := &machine{t: t, lab: l, id: block.NodeID(i + 1), dir: t.TempDir()}
 		l.nodes = append(l.nodes, m)
@@ -85,7 +86,7 @@ func (m *machine) start() {
 		Meta:        m.lab.meta.Client(),
 		Incarnation: uint64(m.loop.Rand().Int64()),
 		NewDiskID:   func() block.DiskID { return block.NewUUID() },
-		Pace:        node.Pace{SegmentBytes: 4 << 20, CheckpointAge: 300 * time.Millisecond, Upkeep: 20 * time.Millisecond},
+		Pace:        node.Pace{SegmentBytes: 4 << 20, CheckpointAge: m.lab.age, Upkeep: 20 * time.Millisecond},
 		Logf:        func(format string, args ...any) { m.t.Logf(addr+": "+format, args...) },
 	})
 	if err != nil {
@@ -443,7 +444,7 @@ func TestSingleNode(t *testing.T) {
 func TestOverwrite(t *testing.T) {
 	t.Parallel()
 	const volume = 16 << 20
-	l := newLabOf(t, 1, 3*volume)
+	l := newLabOf(t, 1, 3*volume, 300*time.Millisecond)
 	v := l.volume("churn", volume)
 	c := newClient(l)
 	a := c.attach(v, 1)
@@ -472,6 +473,55 @@ func TestOverwrite(t *testing.T) {
 		ch, b := at(piece)
 		if got := a.read(1, ch, b, pieceBlocks); !bytes.Equal(got, pattern(seed, pieceBlocks)) {
 			t.Fatalf("piece %d does not hold its last write", piece)
+		}
+	}
+}
+
+// Trims on a full disk make room at once, however many they are and however
+// long a checkpoint would wait otherwise.
+func TestTrimMakesRoom(t *testing.T) {
+	t.Parallel()
+	l := newLabOf(t, 1, 48<<20, time.Hour)
+	v := l.volume("full", 1<<30)
+	c := newClient(l)
+	a := c.attach(v, 1)
+
+	command := func(kind wire.CommandType, ch block.Chunk) wire.Request {
+		g, _ := v.Group(ch)
+		c.seqs[g]++
+		return wire.Request{Kind: wire.ReqPropose, Group: g, Layout: v.Layout, Command: wire.Command{
+			Type: kind, Cluster: l.cluster, Volume: v.ID, Epoch: 1, Nonce: 7, Generation: v.Generation, Layout: v.Layout,
+			OpSeq: c.seqs[g], Floor: c.seqs[g], Chunk: ch}}
+	}
+	const blocks = 64
+	p := pattern(1, blocks)
+	full := block.Chunk(0)
+	for ; ; full++ {
+		q := command(wire.CmdWrite, full)
+		q.Command.Count, q.Command.PayloadBytes, q.Command.CRCs = blocks, blocks*block.Size, block.AppendCRCs(nil, p)
+		got, ok := c.ask(1, q, p)
+		if ok && got.resp.Status == wire.StatusNoSpace {
+			g, _ := v.Group(full)
+			c.seqs[g]--
+			break
+		}
+		if !ok || got.resp.Status != wire.StatusOK || full == 200 {
+			t.Fatalf("write of chunk %d: %v, %+v", full, ok, got.resp)
+		}
+	}
+	for ch := range block.Chunk(1 << 30 / block.ChunkBytes) {
+		q := command(wire.CmdMark, ch)
+		q.Command.ToChunk = ch + 1
+		if got := c.must(q, nil); got.resp.Result.Outcome != wire.OutcomeApplied {
+			t.Fatalf("trim of chunk %d: %+v", ch, got.resp.Result)
+		}
+	}
+	for ch := range full {
+		a.write(ch, 0, p)
+	}
+	for ch := range full {
+		if got := a.read(1, ch, 0, blocks); !bytes.Equal(got, p) {
+			t.Errorf("chunk %d does not hold its last write", ch)
 		}
 	}
 }

@@ -8,8 +8,8 @@ import (
 	"firn.io/firn/internal/block"
 )
 
-// Watermarks of a disk, in percent of the SIZE that it was given (S7). Fill is
-// live data, what the logs claim, and what readers pin.
+// Watermarks of a disk, in percent of its room (S7). Fill is live data and what
+// the logs claim.
 const (
 	// slowPercent: writers are slowed from here on, up to maxDelay at refusePercent.
 	slowPercent = 85
@@ -57,7 +57,7 @@ func (s *space) tick() {
 	var own []diskSpace
 	for _, d := range n.disks {
 		if d.failed == nil {
-			ds := diskSpace{disk: d.id, size: d.size(), taken: d.taken()}
+			ds := diskSpace{disk: d.id, size: d.room(), taken: d.taken()}
 			s.reported(ds)
 			own = append(own, ds)
 		}

@@ -84,7 +84,7 @@ func (d *disk) reap() {
 }
 
 // crowded tells whether writers are slowed for want of room.
-func (d *disk) crowded() bool { return d.taken()*100 >= d.size()*slowPercent }
+func (d *disk) crowded() bool { return d.taken()*100 >= d.room()*slowPercent }
 
 // pressed tells whether the logs claim more than their cap, or free segments
 // are short.
