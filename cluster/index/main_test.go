@@ -10,7 +10,7 @@ import (
 func TestMain(m *testing.M) {
 	steps, checks := "100", "150"
 	if os.Getenv("FIRN_TEST_LONG") != "" {
-		steps, checks = "250", "5000"
+		steps, checks = "250", "1000"
 	}
 	for name, value := range map[string]string{"rapid.steps": steps, "rapid.checks": checks, "rapid.nofailfile": "true"} {
 		if err := flag.Set(name, value); err != nil {
