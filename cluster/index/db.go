@@ -117,9 +117,6 @@ func (db *DB) StartFlush() *Job {
 	}
 }
 
-// Unflushed tells whether a flush would make anything durable.
-func (db *DB) Unflushed() bool { return len(db.merged) > 0 }
-
 // LiveBlocks is how many blocks of a segment the index may point at: what the
 // last durable checkpoints, memory and the checkpoints in flight refer to. A
 // segment with 0 may be recycled as far as the index is concerned (L7).
