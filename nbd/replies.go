@@ -3,6 +3,7 @@ package nbd
 import (
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -29,6 +30,8 @@ type replies struct {
 	queue   []outgoing
 	writing bool
 	err     error
+	// broken is set once err is: for the reader, which looks at it often.
+	broken atomic.Bool
 	// queued and done count what was given to the writer and what it is done
 	// with; done moves in order.
 	queued, done uint64
@@ -90,6 +93,7 @@ func (w *replies) enqueue(o outgoing) {
 		w.mu.Lock()
 		if err != nil && w.err == nil {
 			w.err = err
+			w.broken.Store(true)
 			// The reader of the connection must notice.
 			w.nc.Close()
 		}

@@ -316,6 +316,31 @@ func TestClientLeavesHungVolume(t *testing.T) {
 	}
 }
 
+// TestReadsForNobody: reads that a client left behind unanswered are not done.
+func TestReadsForNobody(t *testing.T) {
+	const requests = 400
+	var entered atomic.Int64
+	release := make(chan struct{})
+	d := blocktest.New(blocktest.Options{Name: "vol", Bytes: volBytes, NoLending: true, Before: hang(blocktest.OpRead, &entered, release)})
+	left := make(chan struct{})
+	addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(d, func() { close(left) })}, nbd.Options{Workers: 3})
+	r := rawEnter(t, addr, "vol", false)
+	var all []byte
+	for i := range requests {
+		all = wire.AppendRequest(all, wire.Request{Command: wire.CmdRead, Cookie: uint64(i), Length: 4096})
+	}
+	r.send(all) // at once, so that the server has them all in its buffer
+	for entered.Load() == 0 {
+		runtime.Gosched()
+	}
+	r.nc.Close()
+	close(release)
+	<-left
+	if n := entered.Load(); n > requests/2 {
+		t.Errorf("%d of %d reads were done after the client had left", n, requests)
+	}
+}
+
 // TestDisconnectBehindRequests: what a client sent before NBD_CMD_DISC is carried
 // out though it did not wait for that.
 func TestDisconnectBehindRequests(t *testing.T) {

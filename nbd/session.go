@@ -101,6 +101,9 @@ func (s *session) serve() (err error) {
 		}
 		s.in.discard(wire.RequestLen)
 		s.count.request(r.Command)
+		if s.out.broken.Load() && onlyAnswers(r.Command) {
+			continue // nobody is there any more for what is left in the buffer
+		}
 		if err := s.handle(r); err != nil {
 			if err == errDisconnect {
 				return nil
@@ -108,6 +111,12 @@ func (s *session) serve() (err error) {
 			return err
 		}
 	}
+}
+
+// onlyAnswers tells whether a command does nothing but bring an answer. What
+// changes the export is carried out for a client that did not wait, too.
+func onlyAnswers(c wire.Command) bool {
+	return c == wire.CmdRead || c == wire.CmdBlockStatus || c == wire.CmdCache
 }
 
 // handle takes one request. An error ends the connection.
