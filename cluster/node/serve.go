@@ -132,12 +132,19 @@ func (n *Node) propose(o *op, m transport.Message) {
 		o.refuse(wire.StatusNotLeader, "")
 	case p != nil && !sameCRCs(cmd.CRCs, p.Bytes()):
 		o.refuse(wire.StatusCorrupt, "the payload does not match its checksums")
-	case cmd.Type == wire.CmdWrite && n.space.full(o.rep):
-		n.counters.NoSpace++
-		o.refuse(wire.StatusNoSpace, "")
 	default:
-		n.replicate(o, p)
-		return
+		st := wire.Status(0)
+		if p != nil {
+			st = n.space.refusal(o.rep)
+		}
+		if st == 0 {
+			n.replicate(o, p)
+			return
+		}
+		if st == wire.StatusNoSpace {
+			n.counters.NoSpace++
+		}
+		o.refuse(st, "")
 	}
 	m.Release()
 }

@@ -5,7 +5,9 @@ import (
 	"time"
 
 	"firn.io/firn/cluster/transport"
+	"firn.io/firn/cluster/wire"
 	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/clock"
 )
 
 // Watermarks of a disk, in percent of its room (S7). Fill is live data and what
@@ -13,8 +15,11 @@ import (
 const (
 	// slowPercent: writers are slowed from here on, up to maxDelay at refusePercent.
 	slowPercent = 85
-	// refusePercent: new writes are refused. Reads, trims and recovery go on.
+	// refusePercent: new writes wait; reads, trims and recovery go on. Most of
+	// what fills a disk that is written fast is log that the next checkpoints let
+	// go of, so only a disk that stays full for refuseAfter refuses.
 	refusePercent = 90
+	refuseAfter   = 5 * time.Second
 	// maxDelay is how long a write waits just below refusePercent.
 	maxDelay = 50 * time.Millisecond
 	// spaceInterval is how often nodes tell each other how full their disks are.
@@ -41,10 +46,13 @@ type space struct {
 	// inflight is the bytes of proposals that have not ended, since those of
 	// such that ended after the disk reported last.
 	inflight, since map[block.DiskID]int64
+	// fullFrom is when a disk first reported to be full, of those that have
+	// done so ever since.
+	fullFrom map[block.DiskID]clock.Instant
 }
 
 func newSpace(n *Node) *space {
-	return &space{node: n, known: make(map[block.DiskID]diskSpace), inflight: make(map[block.DiskID]int64), since: make(map[block.DiskID]int64)}
+	return &space{node: n, known: make(map[block.DiskID]diskSpace), inflight: make(map[block.DiskID]int64), since: make(map[block.DiskID]int64), fullFrom: make(map[block.DiskID]clock.Instant)}
 }
 
 // tick refreshes the own disks and tells the other nodes.
@@ -88,22 +96,47 @@ func (s *space) receive(header []byte) {
 func (s *space) reported(d diskSpace) {
 	s.known[d.disk] = d
 	delete(s.since, d.disk)
+	if d.taken*100 < d.size*refusePercent {
+		delete(s.fullFrom, d.disk)
+	} else if _, ok := s.fullFrom[d.disk]; !ok {
+		s.fullFrom[d.disk] = s.node.loop.Now()
+	}
 }
 
-// fill returns how full the fullest disk of rep's group is, in percent of its
-// size, counting what is in flight.
+// fillOf is how full a disk is, in percent of its room, counting what is in flight.
+func (s *space) fillOf(d block.DiskID) float64 {
+	k := s.known[d]
+	if k.size <= 0 {
+		return 0
+	}
+	return 100 * float64(k.taken+s.inflight[d]+s.since[d]) / float64(k.size)
+}
+
+// fill is that of the fullest disk of rep's group.
 func (s *space) fill(rep *replica) float64 {
 	worst := 0.0
 	for _, d := range s.node.orders.disksOf(rep) {
-		k := s.known[d]
-		if k.size > 0 {
-			worst = max(worst, 100*float64(k.taken+s.inflight[d]+s.since[d])/float64(k.size))
-		}
+		worst = max(worst, s.fillOf(d))
 	}
 	return worst
 }
 
-func (s *space) full(rep *replica) bool { return s.fill(rep) >= refusePercent }
+// refusal is what a new write of rep's group is answered for want of room:
+// StatusBusy while that may pass by itself, StatusNoSpace when a disk has been
+// full for refuseAfter, 0 when there is room.
+func (s *space) refusal(rep *replica) wire.Status {
+	var st wire.Status
+	for _, d := range s.node.orders.disksOf(rep) {
+		if s.fillOf(d) < refusePercent {
+			continue
+		}
+		if from, ok := s.fullFrom[d]; ok && s.node.loop.Now().Sub(from) >= refuseAfter {
+			return wire.StatusNoSpace
+		}
+		st = wire.StatusBusy
+	}
+	return st
+}
 
 // delay is how long a write waits before it is proposed.
 func (s *space) delay(rep *replica) time.Duration {
