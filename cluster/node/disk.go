@@ -121,11 +121,9 @@ func (d *disk) recover() error {
 		return err
 	}
 	if d.cfg.CapacityBytes == 0 {
-		sp, err := n.cfg.FS.Space(d.cfg.Dir)
-		if err != nil {
+		if d.cfg.CapacityBytes, err = d.fillable(); err != nil {
 			return err
 		}
-		d.cfg.CapacityBytes = sp.TotalBytes
 	}
 	d.log, err = seglog.Open(n.cfg.FS, d.cfg.Dir, d.sb, seglog.Options{
 		CapacityBytes: d.cfg.CapacityBytes,
@@ -159,6 +157,31 @@ func (d *disk) recover() error {
 		n.addReplica(rep)
 	}
 	return nil
+}
+
+// What the log leaves free in a file system whose size it was not told: a full
+// one stops the index and, in one process with it, the metadata store.
+const (
+	spareBytes   = 4 << 30
+	sparePercent = 10 // at most
+)
+
+// fillable is what the log's segments take already, and the disk's share of
+// what is free besides.
+func (d *disk) fillable() (int64, error) {
+	fs := d.node.cfg.FS
+	sp, err := fs.Space(d.cfg.Dir)
+	if err != nil {
+		return 0, err
+	}
+	held, err := seglog.FileBytes(fs, d.cfg.Dir, d.sb)
+	if err != nil {
+		return 0, err
+	}
+	spare := min(spareBytes, sp.TotalBytes*sparePercent/100)
+	held += max(0, sp.FreeBytes-spare) / int64(max(1, d.cfg.Sharing))
+	// What is there must stay readable even if others have taken the rest.
+	return max(held, min(sp.TotalBytes, seglog.MinBytes(d.sb))), nil
 }
 
 // start begins to write and opens the replicas that were open before.

@@ -38,8 +38,12 @@ type DiskConfig struct {
 	// Dir is the folder that the disk is mounted at. An empty one is formatted.
 	Dir string
 	// CapacityBytes is how much of it Firn may fill: what watermarks count from.
-	// 0 is the size of the file system.
+	// 0 is what it has and what is free in the file system, but for a part that
+	// the index and others need.
 	CapacityBytes int64
+	// Sharing is how many disks share the file system, if CapacityBytes is 0.
+	// 0 counts as 1.
+	Sharing int
 }
 
 // Config is what a node is made of. All fields without "optional" must be set.

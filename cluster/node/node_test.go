@@ -31,8 +31,11 @@ type machine struct {
 	id   block.NodeID
 	dir  string
 	loop *loop.System
-	node *node.Node
-	cand *coordinator.Coordinator
+	fs   vfs.FS
+	// sharing is DiskConfig.Sharing.
+	sharing int
+	node    *node.Node
+	cand    *coordinator.Coordinator
 }
 
 // lab is three machines, a metadata server and a client.
@@ -75,10 +78,12 @@ func (m *machine) start() {
 	m.t.Helper()
 	m.loop = loop.NewSystem(clock.System{}, loop.DefaultLimits)
 	addr := fmt.Sprintf("node%d", m.id)
-	fs := vfs.NewOS()
+	if m.fs == nil {
+		m.fs = vfs.NewOS()
+	}
 	n, err := node.Run(m.lab.ctx, m.loop, node.Config{
-		ID: m.id, Cluster: m.lab.cluster, Listen: addr, Boot: "boot", FS: fs,
-		Disks: []node.DiskConfig{{Dir: m.dir, CapacityBytes: m.lab.capacity}},
+		ID: m.id, Cluster: m.lab.cluster, Listen: addr, Boot: "boot", FS: m.fs,
+		Disks: []node.DiskConfig{{Dir: m.dir, CapacityBytes: m.lab.capacity, Sharing: m.sharing}},
 		OpenStore: func(dir string) (index.Store, error) {
 			return pebblestore.Open(dir, pebblestore.Options{CacheBytes: 1 << 20, MemTableBytes: 1 << 20})
 		},
@@ -527,5 +532,39 @@ func TestTrimMakesRoom(t *testing.T) {
 		if got := a.read(1, ch, 0, blocks); !bytes.Equal(got, p) {
 			t.Errorf("chunk %d does not hold its last write", ch)
 		}
+	}
+}
+
+// smallFS is a file system of a size of its own.
+type smallFS struct {
+	vfs.FS
+	space vfs.Space
+}
+
+func (f smallFS) Space(string) (vfs.Space, error) { return f.space, nil }
+
+// What a disk may fill by default leaves room for its index and for others,
+// and lets it start in a full file system.
+func TestDefaultCapacity(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name        string
+		total, free int64
+		sharing     int
+		want        int64
+	}{
+		{"empty", 1000 << 20, 1000 << 20, 0, 900 << 20},
+		{"shared", 1000 << 20, 700 << 20, 3, 200 << 20},
+		{"large", 1 << 40, 1 << 40, 1, 1<<40 - 4<<30},
+		{"filled by others", 1000 << 20, 1 << 20, 1, 32 << 20},
+	} {
+		l := &lab{t: t, ctx: context.Background(), cluster: block.ClusterID{9}, meta: meta.NewMem(clock.System{}), fabric: inproc.NewFabric(nil), age: time.Hour}
+		m := &machine{t: t, lab: l, id: 1, dir: t.TempDir(), fs: smallFS{vfs.NewOS(), vfs.Space{TotalBytes: tc.total, FreeBytes: tc.free}}, sharing: tc.sharing}
+		m.start()
+		s, _ := node.Snapshot(m.loop, m.node)
+		if got := s.Disks[0].SizeBytes; got != tc.want {
+			t.Errorf("%s: %d MiB, want %d", tc.name, got>>20, tc.want>>20)
+		}
+		m.stop()
 	}
 }

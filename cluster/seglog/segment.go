@@ -53,6 +53,24 @@ func segmentName(dir string, id SegmentID) string {
 	return path.Join(dir, logFolder, fmt.Sprintf("%08d.seg", id))
 }
 
+// MinBytes is the least capacity of a log.
+func MinBytes(sb Superblock) int64 { return minSegments * sb.SegmentBytes }
+
+// FileBytes is what the files of a log that is not open take.
+func FileBytes(fs vfs.FS, dir string, sb Superblock) (int64, error) {
+	names, err := fs.List(path.Join(dir, logFolder))
+	if err != nil && block.KindOf(err) != block.NotFound {
+		return 0, err
+	}
+	var n int64
+	for _, name := range names {
+		if _, ok := parseSegmentName(name); ok {
+			n += sb.SegmentBytes
+		}
+	}
+	return n, nil
+}
+
 // parseSegmentName is the reverse of segmentName's last element.
 func parseSegmentName(name string) (SegmentID, bool) {
 	base, ok := strings.CutSuffix(name, ".seg")

@@ -156,7 +156,7 @@ func newUp(c *console) *cobra.Command {
 	f := cmd.Flags()
 	f.StringVar(&flags.data, "data", "./firn-data", "folder for everything")
 	f.IntVar(&flags.nodes, "nodes", 0, "storage nodes, each with a folder of its own (default 1, or as many as there are)")
-	f.Var(&flags.capacity, "capacity", "how much each node may fill (default: the file system, shared equally)")
+	f.Var(&flags.capacity, "capacity", "how much each node may fill (default: most of what is free, shared equally)")
 	f.StringArrayVar(&flags.volumes, "volume", nil, "NAME=SIZE: create this volume if it is missing; may be repeated")
 	f.BoolVar(&flags.wire, "wire", false, "let nodes and gateway talk by gRPC over loopback instead of in memory")
 	flags.fronts.register(cmd)
@@ -198,15 +198,6 @@ func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts 
 		}
 		return fabric.Network(name, l, id)
 	}
-	capacity := int64(u.capacity)
-	if capacity == 0 {
-		// The nodes share one file system: each may fill its part of it.
-		space, err := disk.Space(u.data)
-		if err != nil {
-			return err
-		}
-		capacity = space.TotalBytes / int64(state.Nodes)
-	}
 	metrics := newMetrics()
 	var nodes []*storage
 	ready := func(ctx context.Context) error {
@@ -224,7 +215,7 @@ func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts 
 		}
 		n, err := openStorage(ctx, storageConfig{
 			id: block.NodeID(i), cluster: clusterMeta.ID, listen: listen, store: etcd.store, network: network, metrics: metrics,
-			disks: []node.DiskConfig{{Dir: filepath.Join(u.data, fmt.Sprintf("node-%d", i)), CapacityBytes: capacity}},
+			disks: []node.DiskConfig{{Dir: filepath.Join(u.data, fmt.Sprintf("node-%d", i)), CapacityBytes: int64(u.capacity), Sharing: state.Nodes}},
 		}, parts)
 		if err != nil {
 			return err
