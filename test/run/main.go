@@ -100,7 +100,7 @@ func main() {
 		{name: "race", run: race},
 		{name: "fuzz", run: fuzz},
 		{name: "sim", run: func(r *report) { goTest(r, "-timeout", "60m", "./test/sim/...") }, beside: true},
-		{name: "e2e", run: func(r *report) { goTest(r, "-timeout", "30m", "./test/e2e/...") }},
+		{name: "e2e", run: func(r *report) { goTest(r, "-count=1", "-timeout", "30m", "./test/e2e/...") }},
 	}
 	if *only != "" {
 		wanted := strings.Split(*only, ",")
