@@ -11,7 +11,7 @@ import (
 // handshake is the state of option haggling. It talks to nobody but Exports:
 // option takes one option and appends the answer to out.
 type handshake struct {
-	exports Exports
+	exports callTracker
 	open    func(name string) (*Export, error)
 	flags   wire.ClientFlags
 	options int
@@ -21,6 +21,8 @@ type handshake struct {
 	// only.
 	mapped    bool
 	mappedFor string
+	// session is what the client said of itself, zero if it did not.
+	session Session
 
 	out []byte
 	// entered is the export that the client may now use, as asked for by name.
@@ -75,6 +77,14 @@ func (h *handshake) option(ctx context.Context, o wire.Option, data []byte) erro
 		h.ack(o)
 	case wire.OptListMetaContext, wire.OptSetMetaContext:
 		h.metaContext(ctx, o, data)
+	case wire.OptSession:
+		session, err := wire.ParseSession(data)
+		if err != nil {
+			h.refuse(o, wire.RepErrInvalid, err.Error())
+			return nil
+		}
+		h.session = session
+		h.ack(o)
 	default:
 		h.refuse(o, wire.RepErrUnsup, "the option is not supported")
 	}

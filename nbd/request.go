@@ -77,6 +77,11 @@ func (q *request) fail(err error) {
 // run does the piece and ends it.
 func (p *piece) run() {
 	q, t, ctx := p.req, p.req.s.target, p.req.s.ctx
+	if err := ctx.Err(); err != nil {
+		// The connection is over, and what was not begun never is.
+		p.end(err)
+		return
+	}
 	off, n := int64(q.Offset), int64(q.Length)
 	var f Flags
 	if q.Flags&wire.FlagFUA != 0 {

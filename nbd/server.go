@@ -31,6 +31,8 @@ type Server struct {
 	conns     map[*conn]struct{}
 	stats     Stats
 	over      sync.WaitGroup
+
+	sessions sessions
 }
 
 // conn is one connection from accept to close.
@@ -43,7 +45,13 @@ type conn struct {
 	// calling is set while the handshake is inside Exports.
 	calling bool
 
+	// over is closed when all of the connection has ended but its memory.
+	over chan struct{}
+
 	mu sync.Mutex
+	// client and export change during the handshake.
+	client Client
+	export string
 	// session is set in the transmission phase.
 	session *session
 	drain   bool
@@ -113,7 +121,7 @@ func (s *Server) ServeConn(nc net.Conn) error {
 	defer nc.Close()
 	ctx, cancel := context.WithCancel(s.life)
 	defer cancel()
-	c := &conn{s: s, nc: nc, cancel: cancel}
+	c := &conn{s: s, nc: nc, cancel: cancel, over: make(chan struct{}), client: Client{Addr: nc.RemoteAddr()}}
 	if err := s.enter(c); err != nil {
 		return err
 	}
@@ -143,7 +151,11 @@ func (s *Server) leave(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.conns, c)
+	if c.client.Session != (Session{}) {
+		s.sessions.leave(c, c.client.Session)
+	}
 	s.stats.Counts.add(c.count.load())
+	close(c.over)
 	s.over.Done()
 }
 
@@ -285,8 +297,8 @@ func (c *conn) handshake(ctx context.Context) (_ *handshake, err error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &handshake{exports: callTracker{c.s.exports, &c.calling}}
-	h.open = func(name string) (*Export, error) { return c.open(ctx, name) }
+	h := &handshake{exports: callTracker{c}}
+	h.open = func(name string) (*Export, error) { return c.open(ctx, h.session, name) }
 	if h.flags, err = wire.ParseClientFlags(p); err != nil {
 		return nil, err
 	}
@@ -337,18 +349,17 @@ func (c *conn) oneOption(ctx context.Context, h *handshake) error {
 	return err
 }
 
-// open enters an export. Attaching a volume may take longer than a handshake
-// should, so it has a time of its own.
-func (c *conn) open(ctx context.Context, name string) (*Export, error) {
+// open enters an export. Attaching a volume, and the end of the connections
+// whose place this one takes, may take longer than a handshake should, so they
+// have a time of their own.
+func (c *conn) open(ctx context.Context, session Session, name string) (*Export, error) {
 	opt := &c.s.opt
 	if err := c.nc.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, opt.OpenTimeout)
 	defer cancel()
-	c.calling = true
-	e, err := c.s.exports.Open(ctx, name)
-	c.calling = false
+	e, err := c.openWithin(ctx, session, name)
 	if deadlineErr := c.nc.SetDeadline(opt.Now().Add(opt.HandshakeTimeout)); err == nil && deadlineErr != nil {
 		if e.Close != nil {
 			e.Close()
@@ -358,24 +369,52 @@ func (c *conn) open(ctx context.Context, name string) (*Export, error) {
 	return e, err
 }
 
-// callTracker notes that a call of Exports is under way.
-type callTracker struct {
-	Exports
-	calling *bool
+func (c *conn) openWithin(ctx context.Context, session Session, name string) (*Export, error) {
+	if session != (Session{}) {
+		c.joined(session)
+		if err := c.s.supersede(ctx, c, session); err != nil {
+			return nil, err
+		}
+	}
+	return callTracker{c}.Open(ctx, name)
+}
+
+// joined notes a session; a connection that changes it leaves the one before.
+func (c *conn) joined(session Session) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if old := c.client.Session; old != (Session{}) && old != session {
+		c.s.sessions.leave(c, old)
+	}
+	c.client.Session = session
+}
+
+// callTracker is the server's Exports for one connection: it notes that a call
+// is under way, and tells who the client is.
+type callTracker struct{ c *conn }
+
+func (t callTracker) begin(ctx context.Context) context.Context {
+	client, _ := t.c.identity()
+	t.c.calling = true
+	return context.WithValue(ctx, clientKey{}, client)
 }
 
 func (t callTracker) List(ctx context.Context) ([]Info, error) {
-	*t.calling = true
-	infos, err := t.Exports.List(ctx)
-	*t.calling = false
+	infos, err := t.c.s.exports.List(t.begin(ctx))
+	t.c.calling = false
 	return infos, err
 }
 
 func (t callTracker) Info(ctx context.Context, name string) (Info, error) {
-	*t.calling = true
-	info, err := t.Exports.Info(ctx, name)
-	*t.calling = false
+	info, err := t.c.s.exports.Info(t.begin(ctx), name)
+	t.c.calling = false
 	return info, err
+}
+
+func (t callTracker) Open(ctx context.Context, name string) (*Export, error) {
+	e, err := t.c.s.exports.Open(t.begin(ctx), name)
+	t.c.calling = false
+	return e, err
 }
 
 // transmit serves the export until the client leaves.
@@ -403,7 +442,7 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 	c.in.resize(inputBytes)
 	c.in.idle, c.in.now, c.in.stall = s.flush, opt.Now, opt.StallTimeout
 	c.mu.Lock()
-	c.session = s
+	c.session, c.export = s, h.entered.Info.Name
 	drain := c.drain
 	c.mu.Unlock()
 	if drain {

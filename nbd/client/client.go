@@ -27,6 +27,10 @@ type Options struct {
 	Simple bool
 	// ExportName enters by NBD_OPT_EXPORT_NAME, as old clients do.
 	ExportName bool
+	// Session, if not zero, is told to the server: the export is entered once
+	// the connections whose place this one takes are over there. A server that
+	// does not know the option is entered all the same; Export.Session tells.
+	Session wire.Session
 }
 
 // Conn is a connection that has entered an export. Its methods may be called by
@@ -55,6 +59,8 @@ type Export struct {
 	Bytes             uint64
 	Flags             wire.ExportFlags
 	Blocks            wire.BlockSizes
+	// Session says that the server knows what Options.Session means.
+	Session bool
 }
 
 // OptionError is a server's refusal of an option.
@@ -88,6 +94,16 @@ func dial(ctx context.Context, addr string) (net.Conn, error) {
 
 // New enters an export over nc, which it owns from then on.
 func New(ctx context.Context, nc net.Conn, o Options) (*Conn, error) {
+	c, err := handshake(ctx, nc, o)
+	if err != nil {
+		return nil, err
+	}
+	go c.receive()
+	return c, nil
+}
+
+// handshake enters an export; on failure it closes nc.
+func handshake(ctx context.Context, nc net.Conn, o Options) (*Conn, error) {
 	stop := context.AfterFunc(ctx, func() { nc.Close() })
 	c := &Conn{nc: nc, r: bufio.NewReaderSize(nc, 256<<10), calls: map[uint64]*Call{}, over: make(chan struct{})}
 	err := c.enter(o)
@@ -98,8 +114,27 @@ func New(ctx context.Context, nc net.Conn, o Options) (*Conn, error) {
 		nc.Close()
 		return nil, fmt.Errorf("enter NBD export %q: %w", o.Export, errors.Join(err, ctx.Err()))
 	}
-	go c.receive()
 	return c, nil
+}
+
+// Enter enters an export with simple replies and hands over the socket, on which
+// nothing is unread: to give it to a kernel. ctx bounds the handshake. A refusal
+// is an *OptionError.
+func Enter(ctx context.Context, addr string, o Options) (net.Conn, Export, error) {
+	nc, err := dial(ctx, addr)
+	if err != nil {
+		return nil, Export{}, err
+	}
+	o.Simple = true
+	c, err := handshake(ctx, nc, o)
+	if err != nil {
+		return nil, Export{}, err
+	}
+	if n := c.r.Buffered(); n > 0 {
+		nc.Close()
+		return nil, Export{}, fmt.Errorf("%w: %d bytes after the handshake", wire.ErrMalformed, n)
+	}
+	return nc, c.info, nil
 }
 
 // List returns a server's exports.
@@ -236,6 +271,11 @@ func (c *Conn) enter(o Options) error {
 			return err
 		}
 	}
+	known, err := c.tellSession(o.Session)
+	if err != nil {
+		return err
+	}
+	c.info.Session = known
 	if !o.ExportName {
 		return c.infoOrGo(wire.OptGo, o.Export)
 	}
@@ -247,8 +287,21 @@ func (c *Conn) enter(o Options) error {
 		return err
 	}
 	i, err := wire.ParseInfoReply(append([]byte{0, 0}, p...))
-	c.info = Export{Name: o.Export, Bytes: i.Size, Flags: i.Flags, Blocks: wire.BlockSizes{Min: 512, Preferred: 4096, Max: wire.MaxPayload}}
+	c.info = Export{Name: o.Export, Bytes: i.Size, Flags: i.Flags, Blocks: wire.BlockSizes{Min: 512, Preferred: 4096, Max: wire.MaxPayload}, Session: known}
 	return err
+}
+
+// tellSession tells whether the server knows what a session is.
+func (c *Conn) tellSession(s wire.Session) (bool, error) {
+	if s == (wire.Session{}) {
+		return false, nil
+	}
+	err := c.option(wire.OptSession, wire.AppendSession(nil, s), nil)
+	var refused *OptionError
+	if errors.As(err, &refused) && refused.Reply == wire.RepErrUnsup {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // Export returns what the server said of the export when it was entered.

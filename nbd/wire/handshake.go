@@ -269,6 +269,42 @@ func ParseMetaContext(p []byte) (id uint32, name string, err error) {
 	return be.Uint32(p), name, err
 }
 
+// SessionLen is the length of the data of OptSession.
+const SessionLen = 16 + 4 + 8
+
+// Session says which device of a client a connection belongs to, so that a
+// server knows a connection that takes the place of older ones.
+type Session struct {
+	// ID names the device; random, and known to the client alone.
+	ID [16]byte
+	// Connection numbers those that the device uses side by side.
+	Connection uint32
+	// Incarnation rises when all connections are made anew. A connection takes
+	// the place of those with a lower Incarnation, and of that with its own
+	// Incarnation and Connection.
+	Incarnation uint64
+}
+
+// AppendSession appends the data of OptSession.
+func AppendSession(dst []byte, s Session) []byte {
+	dst = append(dst, s.ID[:]...)
+	dst = be.AppendUint32(dst, s.Connection)
+	return be.AppendUint64(dst, s.Incarnation)
+}
+
+// ParseSession reads the data of OptSession. An ID of zeros is none.
+func ParseSession(p []byte) (s Session, err error) {
+	if len(p) != SessionLen {
+		return s, malformed("session of %d bytes", len(p))
+	}
+	copy(s.ID[:], p)
+	s.Connection, s.Incarnation = be.Uint32(p[16:]), be.Uint64(p[20:])
+	if s.ID == [16]byte{} {
+		return s, malformed("session without an id")
+	}
+	return s, nil
+}
+
 // Cut shortens text to MaxName bytes of whole characters, without zero bytes:
 // what a peer must accept as a string.
 func Cut(text string) string {

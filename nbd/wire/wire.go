@@ -79,6 +79,9 @@ const (
 	OptListMetaContext Option = 9
 	OptSetMetaContext  Option = 10
 	OptExtendedHeaders Option = 11
+	// OptSession is Firn's own ("FIRN"); other servers do not know it and say
+	// RepErrUnsup. Its data is a Session.
+	OptSession Option = 0x4649524e
 )
 
 // OptReply is the type of an answer to an Option.
