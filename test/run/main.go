@@ -158,7 +158,10 @@ func missing() []string {
 			lack[t.debian] = true
 		}
 	}
-	if exec.Command("/usr/bin/python3", "-c", "import "+pythonModule).Run() != nil {
+	// Not in the folder of this repository, whose nbd/ Python takes for a module.
+	python := exec.Command("/usr/bin/python3", "-c", "import "+pythonModule)
+	python.Dir = "/"
+	if python.Run() != nil {
 		lack[pythonDebian] = true
 	}
 	var names []string
