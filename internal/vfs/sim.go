@@ -47,6 +47,31 @@ type Call struct {
 // system but for Kill.
 type Rule func(Call) error
 
+// Partial is what a Rule returns for a write that fails after its first Bytes.
+type Partial struct {
+	Bytes int
+	Err   error
+}
+
+func (p *Partial) Error() string { return p.Err.Error() }
+
+// Unwrap returns the cause.
+func (p *Partial) Unwrap() error { return p.Err }
+
+// ReadFault is how a read that succeeds, or does not, brings something else than
+// what is there. The zero value is none.
+type ReadFault struct {
+	Err error
+	// Shift makes the disk read so many bytes further on: a misdirected read.
+	Shift int64
+	// Stale gives sectors as they were before the last sync that changed them.
+	Stale bool
+}
+
+// ReadRule is asked before each read that a Rule let pass. It must not call the
+// file system.
+type ReadRule func(Call) ReadFault
+
 // Sim is a simulated disk with its file system. What was written is readable
 // at once and durable only after Sync (contents and length) or SyncDir (names).
 // Crash gives the disk as it is found after the power came back: of what was
@@ -61,6 +86,8 @@ type Sim struct {
 	capacity int64
 	used     int64
 	rule     Rule
+	readRule ReadRule
+	held     *sync.Cond // not nil while calls of files wait
 	dead     error
 	inodes   uint64
 	counters [NumClasses]counters
@@ -108,6 +135,33 @@ func (s *Sim) SetRule(r Rule) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rule = r
+}
+
+// SetReadRule replaces the rule of reads; nil is none. Old content is kept for
+// stale reads while there is one.
+func (s *Sim) SetReadRule(r ReadRule) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.readRule = r
+}
+
+// Stall makes every read, write and sync wait until release is called. Where
+// time is virtual, a disk stalls by the latency of its Loop instead.
+func (s *Sim) Stall() (release func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.held == nil {
+		s.held = sync.NewCond(&s.mu)
+	}
+	c := s.held
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.held == c {
+			s.held = nil
+			c.Broadcast()
+		}
+	}
 }
 
 // SetCapacity changes the bound on the bytes of all files.

@@ -1,6 +1,7 @@
 package vfs
 
 import (
+	"errors"
 	"io"
 	"math/rand/v2"
 	"slices"
@@ -33,6 +34,9 @@ type page struct {
 	// lost is what a failed sync dropped: it is read, and never written.
 	lost     *[simPage]byte
 	lostMask uint8
+	// before is what the disk had before the last sync that changed the page; nil
+	// is zeros.
+	before *[simPage]byte
 }
 
 type version struct {
@@ -91,6 +95,31 @@ func (p *page) settle(choose func(i int, versions [][]byte) []byte) {
 		}
 	}
 	p.dirty, p.mask, p.older = nil, 0, nil
+}
+
+// keep remembers what is on the disk before a sync changes it.
+func (p *page) keep() {
+	if p.mask == 0 || p.before == nil && isZero(p.durable[:]) {
+		return
+	}
+	if p.before == nil {
+		p.before = new([simPage]byte)
+	}
+	*p.before = p.durable
+}
+
+// stale replaces what was read by what was there before.
+func (d *simData) stale(b []byte, off int64) {
+	for done := 0; done < len(b); {
+		i, at := (off+int64(done))/simPage, int((off+int64(done))%simPage)
+		step := min(len(b)-done, simPage-at)
+		if p := d.pages[i]; p != nil && p.before != nil {
+			copy(b[done:done+step], p.before[at:])
+		} else {
+			clear(b[done : done+step])
+		}
+		done += step
+	}
 }
 
 func (d *simData) page(i int64) *page {
@@ -172,8 +201,11 @@ func (d *simData) resize(n int64) {
 	d.size = n
 }
 
-func (d *simData) sync() {
+func (d *simData) sync(keep bool) {
 	for _, p := range d.unsynced {
+		if keep {
+			p.keep()
+		}
 		p.settle(func(_ int, v [][]byte) []byte { return v[len(v)-1] })
 	}
 	d.unsynced = nil
@@ -261,6 +293,9 @@ func (f *simFile) begin(c Call) error {
 	if f.closed {
 		return block.Errorf(block.Internal, "%s is used after it was closed", f.name)
 	}
+	for held := f.s.held; held != nil && f.s.held == held; {
+		held.Wait()
+	}
 	return f.s.ask(c)
 }
 
@@ -270,7 +305,21 @@ func (f *simFile) ReadAt(p []byte, off int64) (int, error) {
 	if err := f.begin(Call{Op: OpRead, Off: off, Len: len(p)}); err != nil {
 		return 0, err
 	}
+	fault := ReadFault{}
+	if f.s.readRule != nil {
+		fault = f.s.readRule(Call{Op: OpRead, Name: f.name, Off: off, Len: len(p)})
+	}
+	if fault.Err != nil {
+		return 0, fault.Err
+	}
 	n := f.n.file.read(p, off)
+	if fault.Shift != 0 {
+		clear(p[:n])
+		f.n.file.read(p[:n], off+fault.Shift)
+	}
+	if fault.Stale {
+		f.n.file.stale(p[:n], off)
+	}
 	f.c.read(n)
 	if n < len(p) {
 		return n, io.EOF
@@ -292,6 +341,9 @@ func (f *simFile) WriteAtv(bufs [][]byte, off int64) (int, error) {
 	}
 	dead := f.s.dead
 	err := f.begin(Call{Op: OpWrite, Off: off, Len: total})
+	if part := (*Partial)(nil); errors.As(err, &part) {
+		return f.writePart(bufs, off, min(part.Bytes, total), err)
+	}
 	if err != nil && (dead != nil || f.s.dead == nil) {
 		return 0, err
 	}
@@ -310,6 +362,20 @@ func (f *simFile) WriteAtv(bufs [][]byte, off int64) (int, error) {
 	}
 	f.c.wrote(total)
 	return total, nil
+}
+
+// writePart writes the first n bytes of a write that then fails with err.
+func (f *simFile) writePart(bufs [][]byte, off int64, n int, err error) (int, error) {
+	if full := f.grow(off + int64(n)); full != nil {
+		return 0, full
+	}
+	for done := 0; done < n; {
+		b := bufs[0][:min(len(bufs[0]), n-done)]
+		f.n.file.write(b, off+int64(done))
+		done, bufs = done+len(b), bufs[1:]
+	}
+	f.c.wrote(n)
+	return n, err
 }
 
 // grow makes room up to end.
@@ -336,7 +402,7 @@ func (f *simFile) Sync() error {
 		}
 		return err
 	}
-	f.n.file.sync()
+	f.n.file.sync(f.s.readRule != nil)
 	return nil
 }
 

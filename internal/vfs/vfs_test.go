@@ -213,3 +213,106 @@ func TestRotAndLocksAfterCrash(t *testing.T) {
 		t.Fatalf("a crash must free locks: %v", err)
 	}
 }
+
+func TestShortWrite(t *testing.T) {
+	fs := vfs.NewSim(0)
+	f := open(t, fs, "/f", vfs.Create)
+	boom := errors.New("input/output error")
+	fs.SetRule(func(c vfs.Call) error {
+		if c.Op == vfs.OpWrite {
+			return &vfs.Partial{Bytes: 700, Err: boom}
+		}
+		return nil
+	})
+	n, err := f.WriteAtv([][]byte{bytes.Repeat([]byte{'a'}, 500), bytes.Repeat([]byte{'b'}, 500)}, 10)
+	if n != 700 || !errors.Is(err, boom) {
+		t.Fatalf("%d, %v", n, err)
+	}
+	fs.SetRule(nil)
+	got, err := vfs.ReadFile(fs, "/f", 1<<20)
+	if err != nil || len(got) != 710 || got[509] != 'a' || got[510] != 'b' || got[709] != 'b' {
+		t.Fatalf("%d bytes, %v", len(got), err)
+	}
+}
+
+func TestMisdirectedAndStaleReads(t *testing.T) {
+	fs := vfs.NewSim(0)
+	fault := vfs.ReadFault{}
+	fs.SetReadRule(func(vfs.Call) vfs.ReadFault { return fault })
+	f := open(t, fs, "/f", vfs.Create)
+	for i, b := range []byte("abc") {
+		write(t, f, b, int64(i)*4096, 4096)
+	}
+	f.Sync()
+	write(t, f, 'x', 4096, 512)
+	f.Sync()
+	read := func(off int64, n int) string {
+		p := make([]byte, n)
+		if _, err := f.ReadAt(p, off); err != nil {
+			t.Fatal(err)
+		}
+		return string(p[0]) + string(p[n-1])
+	}
+	if got := read(4096, 4096); got != "xb" {
+		t.Fatalf("without a fault %q", got)
+	}
+	fault = vfs.ReadFault{Shift: 4096}
+	if got := read(4096, 4096); got != "cc" {
+		t.Fatalf("misdirected %q", got)
+	}
+	fault = vfs.ReadFault{Stale: true}
+	if got := read(4096, 4096); got != "bb" {
+		t.Fatalf("stale %q", got)
+	}
+	if got := read(0, 4096); got != "\x00\x00" {
+		t.Fatalf("stale, before the first write: %q", got)
+	}
+	boom := errors.New("input/output error")
+	fault = vfs.ReadFault{Err: boom}
+	if _, err := f.ReadAt(make([]byte, 1), 0); !errors.Is(err, boom) {
+		t.Fatal(err)
+	}
+}
+
+func TestStallHoldsCallsBack(t *testing.T) {
+	fs := vfs.NewSim(0)
+	f := open(t, fs, "/f", vfs.Create)
+	release := fs.Stall()
+	synced := make(chan error)
+	go func() { synced <- f.Sync() }()
+	select {
+	case err := <-synced:
+		t.Fatalf("the sync did not wait (%v)", err)
+	default:
+	}
+	if _, err := fs.Stat("/f"); err != nil {
+		t.Fatal(err) // names need no disk
+	}
+	release()
+	if err := <-synced; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestCrashDecidesOnLengths(t *testing.T) {
+	counts := map[int]int{}
+	for seed := range uint64(200) {
+		fs := vfs.NewSim(0)
+		f := open(t, fs, "/f", vfs.Create)
+		write(t, f, 'a', 0, 1000)
+		f.Sync()
+		fs.SyncDir("/")
+		write(t, f, 'b', 1000, 1000)
+		if err := f.Truncate(500); err != nil {
+			t.Fatal(err)
+		}
+		got, err := vfs.ReadFile(fs.Crash(rng(seed)), "/f", 1<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		counts[len(got)]++
+	}
+	if len(counts) != 3 || counts[500] == 0 || counts[1000] == 0 || counts[2000] == 0 {
+		t.Fatalf("lengths %v", counts)
+	}
+}

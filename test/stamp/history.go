@@ -19,6 +19,8 @@ const (
 	Lost Verdict = "lost"
 	// Resurrected: an older state came back after a newer one had been read.
 	Resurrected Verdict = "resurrected"
+	// Late: a write took effect after it was certain that it no longer could.
+	Late Verdict = "late"
 )
 
 // Fault is a wrong sector.
@@ -49,6 +51,9 @@ type write struct {
 	// acked is when its success was known; never while it is in flight and when
 	// its outcome stayed unknown: it may take effect at any time then.
 	acked instant
+	// over is since when it can take effect no more, if that is known although
+	// whether it did is not.
+	over instant
 }
 
 // landing is a write as one of its sectors saw it. A write of many blocks may
@@ -60,6 +65,9 @@ type landing struct {
 }
 
 func (l *landing) done() instant { return min(l.acked, l.seen) }
+
+// bound is when the write has taken effect, if it has at all.
+func (l *landing) bound() instant { return min(l.done(), l.over) }
 
 // History knows every write to one volume and judges reads by it. A value that
 // a read returns must be of a write that began before the read ended, and no
@@ -74,15 +82,16 @@ type History struct {
 	nextSeq Seq
 	sectors map[int64][]*landing // in order of begin; the dead are pruned
 	reads   map[*Read]struct{}
-	blank   *landing // the state before any write
+	ended   map[Seq]struct{} // writes without an answer that are over
+	blank   *landing         // the state before any write
 
 	acked, unknown, checked uint64
 }
 
 // NewHistory returns the history of a volume that reads as zero.
 func NewHistory(volume [16]byte) *History {
-	return &History{volume: volume, sectors: map[int64][]*landing{}, reads: map[*Read]struct{}{}, now: 1,
-		blank: &landing{write: &write{zero: true}, seen: never}}
+	return &History{volume: volume, sectors: map[int64][]*landing{}, reads: map[*Read]struct{}{}, ended: map[Seq]struct{}{}, now: 1,
+		blank: &landing{write: &write{zero: true, over: never}, seen: never}}
 }
 
 func (h *History) tick() instant { h.now++; return h.now }
@@ -100,7 +109,7 @@ func (h *History) Begin(writer uint32, from, n int64, p []byte) *Write {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.nextSeq++
-	w := &write{seq: h.nextSeq, writer: writer, from: from, to: from + n, zero: p == nil, begin: h.tick(), acked: never}
+	w := &write{seq: h.nextSeq, writer: writer, from: from, to: from + n, zero: p == nil, begin: h.tick(), acked: never, over: never}
 	for s := from; s < w.to; s++ {
 		if p != nil {
 			Stamp{Volume: h.volume, Sector: s, Writer: writer, Seq: w.seq}.Put(p[(s-from)*SectorBytes:])
@@ -126,6 +135,18 @@ func (w *Write) Unknown() {
 	w.h.mu.Lock()
 	defer w.h.mu.Unlock()
 	w.h.unknown++
+}
+
+// Over says that a write without an answer takes no effect from now on: whether
+// it has taken one stays unknown. An answer may still come.
+func (w *Write) Over() {
+	w.h.mu.Lock()
+	defer w.h.mu.Unlock()
+	if w.w.acked != never || w.w.over != never {
+		return
+	}
+	w.w.over = w.h.tick()
+	w.h.ended[w.w.seq] = struct{}{}
 }
 
 // Refused says that the write certainly had no effect and never will.
@@ -158,7 +179,7 @@ func (h *History) prune(s int64) {
 	}
 	kept := l[:0:0]
 	for _, w := range l {
-		if w.done() >= newest {
+		if w.bound() >= newest {
 			kept = append(kept, w)
 		}
 	}
@@ -234,14 +255,18 @@ func (h *History) judge(r *Read, end instant, sector int64, p []byte) *Fault {
 	var found *landing
 	for _, w := range candidates {
 		same := w.seq == st.Seq || st.Seq == 0 && w.zero
-		if same && (floor == nil || w.done() >= floor.begin || w == floor) && (found == nil || w.begin > found.begin) {
+		if same && (floor == nil || w.bound() >= floor.begin || w == floor) && (found == nil || w.begin > found.begin) {
 			found = w
 		}
 	}
 	if found == nil {
 		verdict, how := Lost, "acknowledged"
+		_, over := h.ended[st.Seq]
 		if floor != nil && floor.seen < r.begin {
 			verdict, how = Resurrected, "already read"
+		}
+		if over {
+			verdict = Late
 		}
 		if floor == nil {
 			return fault(Invented, "sequence %d does not cover this sector or was refused", st.Seq)

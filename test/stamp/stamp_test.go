@@ -161,3 +161,28 @@ func TestLoadPassesAGoodDeviceAndCatchesABadOne(t *testing.T) {
 		t.Fatalf("a device that drops writes: %v", err)
 	}
 }
+
+// A write without an answer may be there or not; once it is over it takes no
+// effect after a newer write has begun.
+func TestLateWrite(t *testing.T) {
+	for _, late := range []bool{false, true} {
+		h := stamp.NewHistory(volume)
+		old, latest := sectors(8), sectors(8)
+		w := h.Begin(0, 0, 8, old)
+		w.Unknown()
+		w.Over()
+		if !late {
+			if err := h.BeginRead(0).Check(old); err != nil {
+				t.Fatalf("it landed before it was over: %v", err)
+			}
+		}
+		h.Begin(0, 0, 8, latest).Acked()
+		if err := h.BeginRead(0).Check(latest); err != nil {
+			t.Fatal(err)
+		}
+		want := stamp.Late
+		if got := verdict(h.BeginRead(0).Check(old)); got != want {
+			t.Errorf("verdict %q, want %q", got, want)
+		}
+	}
+}

@@ -5,8 +5,10 @@
 package inproc
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -35,6 +37,14 @@ type Route interface {
 	// time) if it gets lost. urgent is for opening and closing: it is ordered
 	// before all that follows and never lost on its own.
 	Carry(to *Network, c transport.Class, bytes int, urgent bool, deliver, drop func())
+}
+
+// Duplicator is a Route on which what was sent may come a second time, later and
+// past the end of the connection: what a client sent again on another
+// connection, while its first attempt still lay unread in a socket.
+type Duplicator interface {
+	// Late returns how to carry the second copy; nil: there is none.
+	Late(to *Network, c transport.Class) (carry func(deliver, drop func()))
 }
 
 // Fabric is the set of addresses that networks of one process can reach.
@@ -218,6 +228,9 @@ func (e *end) flush() {
 			}
 		}
 		peer := c.far(e)
+		if d, ok := c.route.(Duplicator); ok {
+			c.repeat(d, peer, transport.Class(class), ms)
+		}
 		c.route.Carry(peer.net, transport.Class(class), bytes, false, func() {
 			if peer.conn != c || peer.closed {
 				release()
@@ -233,6 +246,40 @@ func (e *end) flush() {
 			}
 		}, release)
 	}
+}
+
+// repeat carries copies of the requests among ms late. Who accepted them answers
+// into nothing once the connection is gone.
+func (c *conn) repeat(d Duplicator, peer *end, class transport.Class, ms []transport.Message) {
+	if peer.dialled {
+		return
+	}
+	carry := d.Late(peer.net, class)
+	if carry == nil {
+		return
+	}
+	var copies []transport.Message
+	for _, m := range ms {
+		if m.Type != transport.TypeRequest {
+			continue
+		}
+		m.Header = bytes.Clone(m.Header)
+		m.Payloads = slices.Clone(m.Payloads)
+		for _, p := range m.Payloads {
+			p.Retain()
+		}
+		copies = append(copies, m)
+	}
+	release := func() {
+		for i := range copies {
+			copies[i].Release()
+		}
+	}
+	carry(func() {
+		for _, m := range copies {
+			peer.h.Receive(peer, m)
+		}
+	}, release)
 }
 
 // far is the other end than e.

@@ -1,6 +1,7 @@
 // Package sim is the simulator's network: the in-process transport over a
-// loop.World that delays, loses, cuts and splits, all drawn from the world's
-// seed. Messages of one connection and class keep their order.
+// loop.World that delays, loses, repeats, cuts and splits, all drawn from the
+// world's seed. Messages of one connection and class keep their order, but for
+// requests that come a second time.
 package sim
 
 import (
@@ -18,6 +19,11 @@ type Faults struct {
 	MinDelay, MaxDelay time.Duration
 	// LossPerMille is how many of 1000 batches vanish.
 	LossPerMille int
+	// RepeatPerMille is how many of 1000 batches have their requests delivered a
+	// second time, between RepeatDelay/16 and RepeatDelay later, out of order and
+	// even if the connection has ended.
+	RepeatPerMille int
+	RepeatDelay    time.Duration
 	// BytesPerSecond is the rate of one direction of a connection; 0: no limit.
 	BytesPerSecond int64
 }
@@ -34,6 +40,7 @@ type Net struct {
 
 	processes map[string]*inproc.Network
 	routes    []*route
+	repeated  int
 }
 
 // New returns a network without faults.
@@ -113,6 +120,31 @@ func (n *Net) Connect(from, to *inproc.Network, resets inproc.Resets) inproc.Rou
 	n.routes = append(n.routes, r)
 	return r
 }
+
+// Late implements inproc.Duplicator.
+func (r *route) Late(to *inproc.Network, _ transport.Class) func(deliver, drop func()) {
+	n, w := r.net, r.net.world
+	f := n.faults
+	if f.RepeatPerMille == 0 || w.Rand().IntN(1000) >= f.RepeatPerMille {
+		return nil
+	}
+	least := f.RepeatDelay / 16
+	at := w.Now().Add(least + time.Duration(w.Rand().Int64N(int64(f.RepeatDelay-least)+1)))
+	from := r.a.Name()
+	return func(deliver, drop func()) {
+		w.At(at, func() {
+			if n.cut[[2]string{from, to.Name()}] {
+				drop()
+				return
+			}
+			n.repeated++
+			to.Loop().Post(deliver)
+		})
+	}
+}
+
+// Repeated is how many batches were delivered a second time.
+func (n *Net) Repeated() int { return n.repeated }
 
 type route struct {
 	net    *Net

@@ -69,3 +69,28 @@ func (c *counter) Receive(_ transport.Peer, m transport.Message) {
 	}
 }
 func (c *counter) Closed(transport.Peer, error) { c.closed++ }
+
+// A request comes a second time, and also when its sender is dead.
+func TestRepeatsOutliveTheConnection(t *testing.T) {
+	w := loop.NewWorld(3)
+	net := sim.New(w)
+	a, b := &counter{}, &counter{}
+	la, lb := w.NewLoop(nil), w.NewLoop(nil)
+	na, nb := net.Network("a", la, transport.Identity{}), net.Network("b", lb, transport.Identity{})
+	if _, _, err := nb.Listen(t.Context(), "b", b); err != nil {
+		t.Fatal(err)
+	}
+	net.SetFaults(sim.Faults{RepeatPerMille: 1000, RepeatDelay: 8 * time.Second})
+	p := na.Dial(t.Context(), "b", a)
+	la.Post(func() { p.Send(transport.Data, transport.Message{Type: transport.TypeRequest}) })
+	w.RunFor(100 * time.Millisecond)
+	if b.got != 1 {
+		t.Fatalf("%d messages arrived, the copy is due later", b.got)
+	}
+	net.Crash("a")
+	la.Kill()
+	w.RunFor(8 * time.Second)
+	if b.got != 2 || net.Repeated() != 1 || b.closed != 1 {
+		t.Fatalf("%d messages arrived, %d repeated, %d losses seen", b.got, net.Repeated(), b.closed)
+	}
+}
