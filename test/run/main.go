@@ -101,6 +101,7 @@ func main() {
 		{name: "fuzz", run: fuzz},
 		{name: "sim", run: func(r *report) { goTest(r, "-timeout", "60m", "./test/sim/...") }, beside: true},
 		{name: "e2e", run: func(r *report) { goTest(r, "-count=1", "-timeout", "30m", "./test/e2e/...") }},
+		{name: "guest", run: func(r *report) { goTest(r, "-count=1", "-timeout", "40m", "./test/guest/...") }},
 	}
 	if *only != "" {
 		wanted := strings.Split(*only, ",")
@@ -146,6 +147,7 @@ var needed = []tool{
 	{"nbdinfo", "libnbd-bin"}, {"nbdcopy", "libnbd-bin"}, {"nbdfuse", "libnbd-bin"}, {"qemu-img", "qemu-utils"}, {"qemu-io", "qemu-utils"},
 	{"fio", "fio"}, {"nbdkit", "nbdkit"}, {"mkfs.ext4", "e2fsprogs"}, {"mkfs.xfs", "xfsprogs"}, {"etcd", "etcd-server"},
 	{"fusermount3", "fuse3"}, {"losetup", "mount"},
+	{"qemu-system-x86_64", "qemu-system-x86"}, {"busybox", "busybox-static"}, {"nbd-client", "nbd-client"}, {"blkdiscard", "util-linux"},
 }
 
 // python is a module that has no program of its own.
@@ -251,7 +253,7 @@ func packages(r *report) []string {
 		return nil
 	}
 	return slices.DeleteFunc(strings.Fields(string(out)), func(p string) bool {
-		return strings.Contains(p, "/test/sim") || strings.Contains(p, "/test/e2e")
+		return strings.Contains(p, "/test/sim") || strings.Contains(p, "/test/e2e") || strings.Contains(p, "/test/guest")
 	})
 }
 
