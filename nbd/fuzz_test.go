@@ -2,6 +2,7 @@ package nbd_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"net"
 	"testing"
@@ -54,7 +55,7 @@ func FuzzHandshake(f *testing.F) {
 	f.Add(bytes.Join([][]byte{hello, option(wire.OptList, nil), option(wire.OptAbort, nil)}, nil))
 	f.Add(bytes.Join([][]byte{hello, option(wire.OptInfo, info), option(wire.OptGo, info)}, nil))
 	f.Add(bytes.Join([][]byte{hello, option(wire.OptStructuredReply, nil), option(wire.OptListMetaContext, meta), option(wire.OptSetMetaContext, meta),
-		option(wire.OptGo, info), wire.AppendRequest(nil, wire.Request{Command: wire.CmdBlockStatus, Length: 512})}, nil))
+		option(wire.OptGo, info), wire.AppendRequest(nil, wire.SimpleReplies, wire.Request{Command: wire.CmdBlockStatus, Length: 512})}, nil))
 	f.Add(bytes.Join([][]byte{hello, option(wire.OptStartTLS, nil), option(99, make([]byte, 70<<10))}, nil))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		c := newCatalog("a", "b")
@@ -75,27 +76,38 @@ func FuzzHandshake(f *testing.F) {
 // the order in which requests take effect that in which they were sent.
 func FuzzTransmission(f *testing.F) {
 	req := func(cmd wire.Command, fl wire.CommandFlags, off uint64, n uint32, data []byte) []byte {
-		return append(wire.AppendRequest(nil, wire.Request{Flags: fl, Command: cmd, Cookie: 7, Offset: off, Length: n}), data...)
+		return append(wire.AppendRequest(nil, wire.SimpleReplies, wire.Request{Flags: fl, Command: cmd, Cookie: 7, Offset: off, Length: uint64(n)}), data...)
 	}
 	page := bytes.Repeat([]byte("firn"), 1024)
-	f.Add(true, req(wire.CmdRead, 0, 0, 4096, nil))
-	f.Add(false, req(wire.CmdRead, 0, 100, 2<<20, nil))
-	f.Add(true, bytes.Join([][]byte{req(wire.CmdWrite, wire.FlagFUA, 1000, 4096, page), req(wire.CmdRead, 0, 0, 2<<20, nil), req(wire.CmdDisc, 0, 0, 0, nil)}, nil))
-	f.Add(false, bytes.Join([][]byte{req(wire.CmdWrite, 0, 1<<20-100, 4096, page), req(wire.CmdTrim, 0, 1<<20, 512, nil), req(wire.CmdRead, 0, 1<<20-200, 5000, nil)}, nil))
-	f.Add(true, bytes.Join([][]byte{req(wire.CmdWriteZeroes, wire.FlagNoHole, 5, 9, nil), req(wire.CmdBlockStatus, wire.FlagReqOne, 0, 1<<20, nil), req(wire.CmdFlush, 0, 0, 0, nil)}, nil))
-	f.Add(true, req(wire.CmdRead, wire.FlagDF, fuzzBytes-1, 2, nil))
-	f.Add(false, req(wire.CmdWrite, 0, fuzzBytes, 4096, page))
-	f.Add(true, req(77, 0, 0, 0, nil))
-	f.Fuzz(func(t *testing.T, structured bool, in []byte) {
+	f.Add(uint8(1), req(wire.CmdRead, 0, 0, 4096, nil))
+	f.Add(uint8(0), req(wire.CmdRead, 0, 100, 2<<20, nil))
+	f.Add(uint8(1), bytes.Join([][]byte{req(wire.CmdWrite, wire.FlagFUA, 1000, 4096, page), req(wire.CmdRead, 0, 0, 2<<20, nil), req(wire.CmdDisc, 0, 0, 0, nil)}, nil))
+	f.Add(uint8(0), bytes.Join([][]byte{req(wire.CmdWrite, 0, 1<<20-100, 4096, page), req(wire.CmdTrim, 0, 1<<20, 512, nil), req(wire.CmdRead, 0, 1<<20-200, 5000, nil)}, nil))
+	f.Add(uint8(1), bytes.Join([][]byte{req(wire.CmdWriteZeroes, wire.FlagNoHole, 5, 9, nil), req(wire.CmdBlockStatus, wire.FlagReqOne, 0, 1<<20, nil), req(wire.CmdFlush, 0, 0, 0, nil)}, nil))
+	f.Add(uint8(1), req(wire.CmdRead, wire.FlagDF, fuzzBytes-1, 2, nil))
+	f.Add(uint8(0), req(wire.CmdWrite, 0, fuzzBytes, 4096, page))
+	f.Add(uint8(1), req(77, 0, 0, 0, nil))
+	ext := func(cmd wire.Command, fl wire.CommandFlags, off, n uint64, data []byte) []byte {
+		return append(wire.AppendRequest(nil, wire.ExtendedHeaders, wire.Request{Flags: fl, Command: cmd, Cookie: 7, Offset: off, Length: n}), data...)
+	}
+	f.Add(uint8(2), bytes.Join([][]byte{ext(wire.CmdWrite, wire.FlagPayloadLen, 9, 4096, page), ext(wire.CmdTrim, 0, 0, 1<<40, nil), ext(wire.CmdRead, 0, 0, 2<<20, nil)}, nil))
+	f.Add(uint8(2), bytes.Join([][]byte{ext(wire.CmdBlockStatus, wire.FlagPayloadLen, 0, 12, wire.AppendStatusPayload(nil, 4096, 1)), ext(wire.CmdDisc, 0, 0, 0, nil)}, nil))
+	f.Add(uint8(2), bytes.Join([][]byte{ext(wire.CmdTrim, wire.FlagPayloadLen, 0, 4, []byte("trim")), ext(wire.CmdWriteZeroes, 0, 0, fuzzBytes, nil), ext(wire.CmdFlush, 0, 0, 0, nil)}, nil))
+	f.Fuzz(func(t *testing.T, mode uint8, in []byte) {
+		headers := wire.Headers(mode % 3)
 		d := blocktest.New(blocktest.Options{Name: "a", Bytes: fuzzBytes, NoLending: true})
 		s := nbd.NewServer(nbd.Fixed{*nbd.DeviceExport(d, nil)}, nbd.Options{Workers: 1})
 		hello := wire.AppendClientFlags(nil, wire.ClientFixedNewstyle|wire.ClientNoZeroes)
-		if structured {
-			hello = wire.AppendOption(hello, wire.OptStructuredReply, nil)
+		if headers != wire.SimpleReplies {
+			o := wire.OptStructuredReply
+			if headers == wire.ExtendedHeaders {
+				o = wire.OptExtendedHeaders
+			}
+			hello = wire.AppendOption(hello, o, nil)
 			hello = wire.AppendOption(hello, wire.OptSetMetaContext, wire.AppendMetaRequest(nil, "a", wire.BaseAllocation))
 		}
 		hello = wire.AppendOption(hello, wire.OptExportName, []byte("a"))
-		m := runModel(in, structured)
+		m := runModel(in, headers)
 		conn := &script{in: bytes.NewReader(append(hello, in...)), max: 256 << 20}
 		s.ServeConn(conn)
 		if conn.over {
@@ -134,32 +146,35 @@ type expected struct {
 
 // model is a disk and the answers that are due, by cookie, in order.
 type model struct {
-	disk       []byte
-	due        map[uint64][]*expected
-	structured bool
+	disk    []byte
+	due     map[uint64][]*expected
+	headers wire.Headers
 	// clean says that the client left between two requests, by NBD_CMD_DISC:
 	// then all are done and answered.
 	clean bool
 }
 
-func runModel(in []byte, structured bool) *model {
-	m := &model{disk: make([]byte, fuzzBytes), due: map[uint64][]*expected{}, structured: structured}
-	for len(in) >= wire.RequestLen {
-		r, err := wire.ParseRequest(in[:wire.RequestLen])
+func runModel(in []byte, headers wire.Headers) *model {
+	m := &model{disk: make([]byte, fuzzBytes), due: map[uint64][]*expected{}, headers: headers}
+	for n := headers.RequestLen(); len(in) >= n; {
+		r, err := wire.ParseRequest(in[:n], headers)
 		if err != nil {
 			return m
 		}
-		in = in[wire.RequestLen:]
+		in = in[n:]
 		if r.Command == wire.CmdDisc {
 			m.clean = true
 			return m
 		}
 		var payload []byte
-		if r.Command == wire.CmdWrite {
-			if uint64(r.Length) > uint64(len(in)) {
+		if r.Command == wire.CmdWrite || headers == wire.ExtendedHeaders && r.Flags&wire.FlagPayloadLen != 0 {
+			if r.Length > uint64(len(in)) {
 				return m
 			}
 			payload, in = in[:r.Length], in[r.Length:]
+			if r.Command == wire.CmdBlockStatus && len(payload) == 12 && payload[11] == 1 && payload[8]|payload[9]|payload[10] == 0 {
+				r.Length, r.Flags = binary.BigEndian.Uint64(payload), r.Flags&^wire.FlagPayloadLen
+			}
 		}
 		m.do(r, payload)
 	}
@@ -187,13 +202,17 @@ func (m *model) verdict(r wire.Request) wire.Errno {
 	allowed := wire.FlagFUA
 	switch r.Command {
 	case wire.CmdRead:
-		if m.structured {
+		if m.headers != wire.SimpleReplies {
 			allowed |= wire.FlagDF
+		}
+	case wire.CmdWrite:
+		if m.headers == wire.ExtendedHeaders {
+			allowed |= wire.FlagPayloadLen
 		}
 	case wire.CmdWriteZeroes:
 		allowed |= wire.FlagNoHole | wire.FlagFastZero
 	case wire.CmdBlockStatus:
-		if !m.structured || r.Length == 0 {
+		if m.headers == wire.SimpleReplies || r.Length == 0 {
 			return wire.EINVAL
 		}
 		allowed |= wire.FlagReqOne
@@ -202,11 +221,11 @@ func (m *model) verdict(r wire.Request) wire.Errno {
 	case r.Command >= wire.NumCommands || r.Flags&^allowed != 0:
 		return wire.EINVAL
 	case r.Command == wire.CmdFlush:
-		if r.Offset|uint64(r.Length) != 0 {
+		if r.Offset|r.Length != 0 {
 			return wire.EINVAL
 		}
 		return 0
-	case r.Offset <= fuzzBytes && uint64(r.Length) <= fuzzBytes-r.Offset:
+	case r.Offset <= fuzzBytes && r.Length <= fuzzBytes-r.Offset:
 		return 0
 	case (r.Command == wire.CmdRead || r.Command == wire.CmdWrite) && r.Length > 32<<20:
 		return wire.EINVAL
@@ -240,9 +259,8 @@ func (m *model) check(t *testing.T, out []byte) {
 			return
 		}
 		e := due[0]
-		wantStructured := m.structured && (e.Command == wire.CmdRead || e.Command == wire.CmdBlockStatus)
-		if wantStructured == r.Simple {
-			t.Fatalf("reply %+v to %+v, structured %v", r, e.Request, m.structured)
+		if m.headers.Structured(e.Command) == r.Simple {
+			t.Fatalf("reply %+v to %+v, %s", r, e.Request, m.headers)
 		}
 		errno, body := r.Errno, []byte(nil)
 		switch {
@@ -259,8 +277,8 @@ func (m *model) check(t *testing.T, out []byte) {
 			}
 		case r.Type == wire.ChunkOffsetData, r.Type == wire.ChunkOffsetHole:
 			m.place(t, partial, e, r, body)
-		case r.Type == wire.ChunkBlockStatus:
-			m.status(t, e, body)
+		case r.Type.IsStatus():
+			m.status(t, e, r.Type, body)
 		}
 		if !r.Done {
 			continue
@@ -287,7 +305,7 @@ func (m *model) place(t *testing.T, partial map[uint64][]byte, e *expected, r wi
 	if r.Type == wire.ChunkOffsetData {
 		content = body[wire.OffsetDataLen:]
 	}
-	if err != nil || off < e.Offset || off-e.Offset+uint64(len(content)) > uint64(e.Length) {
+	if err != nil || off < e.Offset || off-e.Offset+uint64(len(content)) > e.Length {
 		t.Fatalf("chunk of %d bytes at %d for %+v: %v", len(content), off, e.Request, err)
 	}
 	if partial[r.Cookie] == nil {
@@ -298,13 +316,13 @@ func (m *model) place(t *testing.T, partial map[uint64][]byte, e *expected, r wi
 
 // status checks that extents stay within what was asked. Their content is for
 // TestBlockStatus: the model has no holes.
-func (m *model) status(t *testing.T, e *expected, body []byte) {
-	_, states, err := wire.ParseBlockStatus(nil, body)
+func (m *model) status(t *testing.T, e *expected, kind wire.ChunkType, body []byte) {
+	_, states, err := wire.ParseBlockStatus(nil, kind, body)
 	var sum uint64
 	for _, s := range states {
-		sum += uint64(s.Length)
+		sum += s.Length
 	}
-	if err != nil || sum == 0 || sum > uint64(e.Length) || e.Flags&wire.FlagReqOne != 0 && len(states) != 1 {
+	if err != nil || sum == 0 || sum > e.Length || e.Flags&wire.FlagReqOne != 0 && len(states) != 1 {
 		t.Fatalf("status %v for %+v: %v", states, e.Request, err)
 	}
 }

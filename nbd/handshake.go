@@ -16,7 +16,7 @@ type handshake struct {
 	flags   wire.ClientFlags
 	options int
 
-	structured bool
+	headers wire.Headers
 	// mapped says that base:allocation was selected, for the export mappedFor
 	// only.
 	mapped    bool
@@ -73,7 +73,18 @@ func (h *handshake) option(ctx context.Context, o wire.Option, data []byte) erro
 			h.refuse(o, wire.RepErrInvalid, "the option takes no data")
 			return nil
 		}
-		h.structured = true
+		if h.headers == wire.ExtendedHeaders {
+			h.refuse(o, wire.RepErrExtHeaderReqd, "extended headers include structured replies")
+			return nil
+		}
+		h.headers = wire.StructuredReplies
+		h.ack(o)
+	case wire.OptExtendedHeaders:
+		if len(data) != 0 || h.headers == wire.ExtendedHeaders {
+			h.refuse(o, wire.RepErrInvalid, "the option takes no data, and is said once")
+			return nil
+		}
+		h.headers = wire.ExtendedHeaders
 		h.ack(o)
 	case wire.OptListMetaContext, wire.OptSetMetaContext:
 		h.metaContext(ctx, o, data)
@@ -112,7 +123,7 @@ func (h *handshake) exportName(data []byte) error {
 		return err
 	}
 	h.entered, h.name = e, name
-	h.out = wire.AppendExportName(h.out, uint64(e.Info.Bytes), exportFlags(e.Info, h.structured),
+	h.out = wire.AppendExportName(h.out, uint64(e.Info.Bytes), exportFlags(e.Info, h.headers),
 		h.flags&wire.ClientNoZeroes == 0)
 	return nil
 }
@@ -152,7 +163,7 @@ func (h *handshake) infoOrGo(ctx context.Context, o wire.Option, data []byte) {
 		h.refuse(o, refusalOf(err), err.Error())
 		return
 	}
-	h.reply(o, wire.RepInfo, wire.AppendInfoExport(nil, uint64(info.Bytes), exportFlags(info, h.structured)))
+	h.reply(o, wire.RepInfo, wire.AppendInfoExport(nil, uint64(info.Bytes), exportFlags(info, h.headers)))
 	h.reply(o, wire.RepInfo, wire.AppendInfoBlockSize(nil, blockSizes(info)))
 	if r.Wants(wire.InfoName) {
 		h.reply(o, wire.RepInfo, wire.AppendInfoText(nil, wire.InfoName, info.Name))
@@ -171,7 +182,7 @@ func (h *handshake) metaContext(ctx context.Context, o wire.Option, data []byte)
 		h.mapped, h.mappedFor = false, ""
 	}
 	r, err := wire.ParseMetaRequest(data)
-	if err == nil && !h.structured {
+	if err == nil && h.headers == wire.SimpleReplies {
 		err = fmt.Errorf("%w: metadata contexts need structured replies", wire.ErrMalformed)
 	}
 	if err != nil {

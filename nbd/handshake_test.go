@@ -164,7 +164,7 @@ func TestHandshakeRefusals(t *testing.T) {
 	addr, _ := serve(t, c, nbd.Options{})
 	r := rawDial(t, addr, rawFlags)
 	r.wantRefusal(wire.OptStartTLS, nil, wire.RepErrUnsup)
-	r.wantRefusal(wire.OptExtendedHeaders, nil, wire.RepErrUnsup)
+	r.wantRefusal(wire.OptExtendedHeaders, []byte{1}, wire.RepErrInvalid)
 	r.wantRefusal(wire.Option(4), nil, wire.RepErrUnsup)
 	r.wantRefusal(wire.Option(12345), make([]byte, 60000), wire.RepErrUnsup)
 	r.wantRefusal(wire.OptInfo, nil, wire.RepErrInvalid)
@@ -213,7 +213,7 @@ func TestHandshakeMetaContext(t *testing.T) {
 	set := func(export string, q ...string) []byte { return wire.AppendMetaRequest(nil, export, q...) }
 	status := func(r *raw, want wire.Errno) {
 		t.Helper()
-		r.structured = true
+		r.headers = wire.StructuredReplies
 		cookie := r.request(wire.CmdBlockStatus, 0, 0, 4096, nil)
 		if p := r.reply(0); p.Cookie != cookie || p.Errno != want || p.Simple {
 			t.Errorf("status: %+v, want %v", p, want)

@@ -63,8 +63,10 @@ const (
 	maxBatchLoans = 256
 	copyBelow     = 2 << 10
 
-	maxStates      = 4096
-	maxQueuedBytes = 1 << 20
+	maxStates = 4096
+	// maxStatusPayload is the effect length and two contexts.
+	maxStatusPayload = 16
+	maxQueuedBytes   = 1 << 20
 )
 
 func (o Options) withDefaults() Options {

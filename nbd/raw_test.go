@@ -1,6 +1,7 @@
 package nbd_test
 
 import (
+	"encoding/hex"
 	"errors"
 	"io"
 	"net"
@@ -13,11 +14,10 @@ import (
 
 // raw speaks the protocol byte by byte, to say what no client would.
 type raw struct {
-	t  testing.TB
-	nc net.Conn
-	// structured tells how replies are read.
-	structured bool
-	cookie     uint64
+	t       testing.TB
+	nc      net.Conn
+	headers wire.Headers
+	cookie  uint64
 }
 
 // rawDial connects, and greets unless flags is negative.
@@ -64,7 +64,7 @@ func (r *raw) enter(export string, structured bool) {
 	if structured {
 		r.wantAck(wire.OptStructuredReply, nil)
 		r.wantAck(wire.OptSetMetaContext, wire.AppendMetaRequest(nil, export, wire.BaseAllocation))
-		r.structured = true
+		r.headers = wire.StructuredReplies
 	}
 	r.wantAck(wire.OptGo, wire.AppendInfoRequest(nil, export))
 }
@@ -143,8 +143,13 @@ func (r *raw) wantRefusal(o wire.Option, data []byte, want wire.OptReply) string
 // request sends a request, with data if it is a write.
 func (r *raw) request(cmd wire.Command, f wire.CommandFlags, off uint64, n uint32, data []byte) uint64 {
 	r.t.Helper()
+	return r.request64(cmd, f, off, uint64(n), data)
+}
+
+func (r *raw) request64(cmd wire.Command, f wire.CommandFlags, off, n uint64, data []byte) uint64 {
+	r.t.Helper()
 	r.cookie++
-	r.send(append(wire.AppendRequest(nil, wire.Request{Flags: f, Command: cmd, Cookie: r.cookie, Offset: off, Length: n}), data...))
+	r.send(append(wire.AppendRequest(nil, r.headers, wire.Request{Flags: f, Command: cmd, Cookie: r.cookie, Offset: off, Length: n}), data...))
 	return r.cookie
 }
 
@@ -192,8 +197,8 @@ func (r *raw) wantErrno(want wire.Errno, cmd wire.Command, f wire.CommandFlags, 
 	if p.Cookie != cookie || p.Errno != want || !p.Done {
 		r.t.Errorf("%s flags %#x of %d at %d: reply %+v, want %v", cmd, uint16(f), n, off, p, want)
 	}
-	if structured := r.structured && (cmd == wire.CmdRead || cmd == wire.CmdBlockStatus); structured == p.Simple {
-		r.t.Errorf("%s: simple reply is %v, structured replies %v", cmd, p.Simple, r.structured)
+	if r.headers.Structured(cmd) == p.Simple {
+		r.t.Errorf("%s: simple reply is %v, %s", cmd, p.Simple, r.headers)
 	}
 }
 
@@ -201,4 +206,14 @@ func (r *raw) wantErrno(want wire.Errno, cmd wire.Command, f wire.CommandFlags, 
 func (r *raw) alive() {
 	r.t.Helper()
 	r.wantErrno(0, wire.CmdFlush, 0, 0, 0, nil)
+}
+
+// unhex reads bytes written with spaces between them.
+func unhex(t testing.TB, s string) []byte {
+	t.Helper()
+	p, err := hex.DecodeString(strings.ReplaceAll(s, " ", ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }

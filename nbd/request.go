@@ -58,6 +58,8 @@ func newRequest(s *session, r wire.Request, n int) *request {
 	return q
 }
 
+func (q *request) to() wire.To { return q.s.to(q.Request) }
+
 func (q *request) add(off int64, n int, buf *buffer) *piece {
 	q.pieces = q.pieces[:len(q.pieces)+1]
 	p := &q.pieces[len(q.pieces)-1]
@@ -146,14 +148,14 @@ func (p *piece) sendChunk(err error) {
 		p.buf.free()
 		p.buf = nil
 		e := errnoOf(err, q.Command, q.Flags)
-		p.head = wire.AppendErrorOffset(p.head[:0], q.Cookie, false, e, err.Error(), uint64(p.off))
+		p.head = wire.AppendErrorOffset(p.head[:0], q.to(), false, e, err.Error(), uint64(p.off))
 	case allZero(p.buf.data()):
 		p.buf.free()
 		p.buf = nil
-		p.head = wire.AppendOffsetHole(p.head[:0], q.Cookie, false, uint64(p.off), p.n)
+		p.head = wire.AppendOffsetHole(p.head[:0], q.to(), false, uint64(p.off), p.n)
 	default:
 		var h [headroom]byte
-		p.buf.head(wire.AppendOffsetData(h[:0], q.Cookie, false, uint64(p.off), p.n))
+		p.buf.head(wire.AppendOffsetData(h[:0], q.to(), false, uint64(p.off), p.n))
 	}
 	q.s.out.send(p)
 }
@@ -194,7 +196,7 @@ func (p *piece) sent() {
 // reply makes the reply, or a chunked read's last chunk, and sends it.
 func (q *request) reply() {
 	s := q.s
-	structured := s.structured && (q.Command == wire.CmdRead || q.Command == wire.CmdBlockStatus)
+	structured := s.headers.Structured(q.Command)
 	switch {
 	case q.abandoned:
 		// It still follows its chunks through the writer, which end before it.
@@ -204,23 +206,24 @@ func (q *request) reply() {
 		s.count.failed(e)
 		switch {
 		case q.chunked:
-			q.head = wire.AppendNone(q.head[:0], q.Cookie)
+			q.head = wire.AppendNone(q.head[:0], q.to())
 		case structured:
-			q.head = wire.AppendError(q.head[:0], q.Cookie, e, q.err.Error())
+			q.head = wire.AppendError(q.head[:0], q.to(), e, q.err.Error())
 		default:
 			q.head = wire.AppendSimpleReply(q.head[:0], q.Cookie, e)
 		}
 	case q.Command == wire.CmdRead:
-		s.count.readBytes.Add(uint64(q.Length))
+		s.count.readBytes.Add(q.Length)
 		q.replyRead()
 	case q.Command == wire.CmdBlockStatus:
-		q.head = wire.AppendBlockStatus(q.head[:0], q.Cookie, true, contextID, len(q.states))
-		for _, state := range q.states {
-			q.head = wire.AppendState(q.head, state)
-		}
+		q.head = wire.AppendBlockStatus(q.head[:0], q.to(), true, contextID, q.states)
 	default:
 		if q.Command == wire.CmdWrite {
-			s.count.writtenBytes.Add(uint64(q.Length))
+			s.count.writtenBytes.Add(q.Length)
+		}
+		if structured {
+			q.head = wire.AppendNone(q.head[:0], q.to())
+			break
 		}
 		q.head = wire.AppendSimpleReply(q.head[:0], q.Cookie, 0)
 	}
@@ -230,13 +233,13 @@ func (q *request) reply() {
 // replyRead: the header goes before the first piece's data.
 func (q *request) replyRead() {
 	if q.chunked {
-		q.head = wire.AppendNone(q.head[:0], q.Cookie)
+		q.head = wire.AppendNone(q.head[:0], q.to())
 		return
 	}
 	q.data, q.head = true, q.head[:0]
 	var h [headroom]byte
-	if q.s.structured {
-		q.pieces[0].buf.head(wire.AppendOffsetData(h[:0], q.Cookie, true, q.Offset, int(q.Length)))
+	if q.s.headers != wire.SimpleReplies {
+		q.pieces[0].buf.head(wire.AppendOffsetData(h[:0], q.to(), true, q.Offset, int(q.Length)))
 	} else {
 		q.pieces[0].buf.head(wire.AppendSimpleReply(h[:0], q.Cookie, 0))
 	}

@@ -125,7 +125,7 @@ func TestStalledClient(t *testing.T) {
 	for name, stall := range map[string]func(r *raw){
 		"reads nothing": func(r *raw) {
 			for range 40 {
-				if _, err := r.nc.Write(wire.AppendRequest(nil, wire.Request{Length: 64 << 10})); err != nil {
+				if _, err := r.nc.Write(wire.AppendRequest(nil, wire.SimpleReplies, wire.Request{Length: 64 << 10})); err != nil {
 					return
 				}
 			}
@@ -327,7 +327,7 @@ func TestReadsForNobody(t *testing.T) {
 	r := rawEnter(t, addr, "vol", false)
 	var all []byte
 	for i := range requests {
-		all = wire.AppendRequest(all, wire.Request{Command: wire.CmdRead, Cookie: uint64(i), Length: 4096})
+		all = wire.AppendRequest(all, wire.SimpleReplies, wire.Request{Command: wire.CmdRead, Cookie: uint64(i), Length: 4096})
 	}
 	r.send(all) // at once, so that the server has them all in its buffer
 	for entered.Load() == 0 {

@@ -270,7 +270,7 @@ func (c *conn) run(ctx context.Context) error {
 		defer export.Close()
 	}
 	log = log.With("export", export.Info.Name)
-	log.Info("nbd: client entered", "structured", h.structured)
+	log.Info("nbd: client entered", "headers", h.headers)
 	err = c.transmit(ctx, h)
 	log.Info("nbd: client left", "error", err)
 	return err
@@ -427,7 +427,7 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 		ctx:        ctx,
 		cancel:     c.cancel,
 		target:     newTarget(h.entered),
-		structured: h.structured,
+		headers:    h.headers,
 		mapped:     h.mapped && h.mappedFor == h.name,
 		in:         c.in,
 		out:        newReplies(c.nc, opt.Now, opt.StallTimeout),

@@ -21,11 +21,11 @@ const contextID = 1
 // anything. All else goes to at most Options.Workers goroutines, whose replies
 // the combining writer sends in the order in which they end.
 type session struct {
-	ctx        context.Context
-	cancel     context.CancelFunc // of ctx
-	target     *target
-	structured bool
-	mapped     bool
+	ctx     context.Context
+	cancel  context.CancelFunc // of ctx
+	target  *target
+	headers wire.Headers
+	mapped  bool
 
 	in    *input
 	out   *replies
@@ -91,17 +91,18 @@ var errDisconnect = errors.New("client disconnected")
 func (s *session) serve() (err error) {
 	defer protect(&s.calling, &err)
 	for {
-		head, err := s.in.peek(wire.RequestLen)
+		n := s.headers.RequestLen()
+		head, err := s.in.peek(n)
 		if err != nil {
 			return err
 		}
-		r, err := wire.ParseRequest(head)
+		r, err := wire.ParseRequest(head, s.headers)
 		if err != nil {
 			return err
 		}
-		s.in.discard(wire.RequestLen)
+		s.in.discard(n)
 		s.count.request(r.Command)
-		if s.out.broken.Load() && onlyAnswers(r.Command) {
+		if s.out.broken.Load() && onlyAnswers(r.Command) && !s.hasPayload(r) {
 			continue // nobody is there any more for what is left in the buffer
 		}
 		if err := s.handle(r); err != nil {
@@ -124,14 +125,18 @@ func (s *session) handle(r wire.Request) error {
 	if r.Command == wire.CmdDisc {
 		return errDisconnect
 	}
+	if r.Flags&wire.FlagPayloadLen != 0 && r.Command != wire.CmdWrite && s.hasPayload(r) {
+		known, err := s.statusPayload(&r)
+		if err != nil {
+			return err
+		}
+		if !known {
+			return s.refuse(r, wire.EINVAL, "a payload that the command does not take")
+		}
+	}
 	if e, text := s.check(r); e != 0 {
-		if r.Command == wire.CmdWrite {
-			if r.Length > maxSkipPayload {
-				return fmt.Errorf("%w: write of %d bytes", wire.ErrMalformed, r.Length)
-			}
-			if err := s.in.skip(int(r.Length)); err != nil {
-				return err
-			}
+		if err := s.skipPayload(r); err != nil {
+			return err
 		}
 		return s.refuse(r, e, text)
 	}
@@ -139,10 +144,8 @@ func (s *session) handle(r wire.Request) error {
 		return nil
 	}
 	if !s.gate.enter() {
-		if r.Command == wire.CmdWrite {
-			if err := s.in.skip(int(r.Length)); err != nil {
-				return err
-			}
+		if err := s.skipPayload(r); err != nil {
+			return err
 		}
 		return s.refuse(r, wire.ESHUTDOWN, "the server is shutting down")
 	}
@@ -158,6 +161,42 @@ func (s *session) handle(r wire.Request) error {
 	return s.dispatch(q.add(int64(r.Offset), 0, nil))
 }
 
+// hasPayload tells whether Length bytes of payload follow r. A write has them
+// also if a client forgets to say so.
+func (s *session) hasPayload(r wire.Request) bool {
+	return r.Command == wire.CmdWrite || s.headers == wire.ExtendedHeaders && r.Flags&wire.FlagPayloadLen != 0
+}
+
+// skipPayload drops what belongs to a request that is refused.
+func (s *session) skipPayload(r wire.Request) error {
+	switch {
+	case !s.hasPayload(r):
+		return nil
+	case r.Length > maxSkipPayload:
+		return fmt.Errorf("%w: %s with %d bytes of payload", wire.ErrMalformed, r.Command, r.Length)
+	}
+	return s.in.skip(int(r.Length))
+}
+
+// statusPayload reads the payload of a BLOCK_STATUS that names the contexts it
+// asks for, and makes r one that asks for them. It drops any other payload.
+func (s *session) statusPayload(r *wire.Request) (known bool, err error) {
+	if r.Command != wire.CmdBlockStatus || r.Length > maxStatusPayload {
+		return false, s.skipPayload(*r)
+	}
+	var space [maxStatusPayload]byte
+	p := space[:r.Length]
+	if err := s.in.full(p); err != nil {
+		return false, err
+	}
+	length, contexts, err := wire.ParseStatusPayload(p)
+	if err != nil || len(contexts) != 1 || contexts[0] != contextID {
+		return false, nil
+	}
+	r.Length, r.Flags = length, r.Flags&^wire.FlagPayloadLen
+	return true, nil
+}
+
 // check refuses what the Backend must not see.
 func (s *session) check(r wire.Request) (wire.Errno, string) {
 	t := s.target
@@ -165,7 +204,7 @@ func (s *session) check(r wire.Request) (wire.Errno, string) {
 	switch {
 	case !s.offers(r.Command):
 		return wire.EINVAL, "unknown command"
-	case r.Flags&^r.Command.AllowedFlags() != 0 || r.Flags&wire.FlagDF != 0 && !s.structured:
+	case r.Flags&^s.headers.AllowedFlags(r.Command) != 0:
 		return wire.EINVAL, "flags that the command does not take"
 	case r.Command == wire.CmdFlush:
 		if r.Offset != 0 || r.Length != 0 {
@@ -187,7 +226,7 @@ func (s *session) check(r wire.Request) (wire.Errno, string) {
 	return 0, ""
 }
 
-func (s *session) covers(off uint64, n uint32) bool {
+func (s *session) covers(off, n uint64) bool {
 	s.calling = true
 	ok := s.target.covers(off, n)
 	s.calling = false
@@ -210,14 +249,19 @@ func (s *session) offers(c wire.Command) bool {
 	return false
 }
 
+// to is the answer's address.
+func (s *session) to(r wire.Request) wire.To {
+	return wire.To{Cookie: r.Cookie, Offset: r.Offset, Headers: s.headers}
+}
+
 // refuse answers without having entered the gate.
 func (s *session) refuse(r wire.Request, e wire.Errno, text string) error {
 	s.count.failed(e)
-	if err := s.room(wire.ChunkHeaderLen + 6 + len(text)); err != nil {
+	if err := s.room(wire.ExtChunkHeaderLen + 6 + len(text)); err != nil {
 		return err
 	}
-	if s.structured && (r.Command == wire.CmdRead || r.Command == wire.CmdBlockStatus) {
-		s.batch.setHead(wire.AppendError(s.batch.head(), r.Cookie, e, text))
+	if s.headers.Structured(r.Command) {
+		s.batch.setHead(wire.AppendError(s.batch.head(), s.to(r), e, text))
 	} else {
 		s.batch.setHead(wire.AppendSimpleReply(s.batch.head(), r.Cookie, e))
 	}
@@ -227,11 +271,11 @@ func (s *session) refuse(r wire.Request, e wire.Errno, text string) error {
 // answerEmpty: a request for no bytes succeeds.
 func (s *session) answerEmpty(r wire.Request) error {
 	defer s.gate.leave()
-	if err := s.room(wire.ChunkHeaderLen); err != nil {
+	if err := s.room(wire.ExtChunkHeaderLen); err != nil {
 		return err
 	}
-	if s.structured && r.Command == wire.CmdRead {
-		s.batch.setHead(wire.AppendNone(s.batch.head(), r.Cookie))
+	if s.headers.Structured(r.Command) {
+		s.batch.setHead(wire.AppendNone(s.batch.head(), s.to(r)))
 	} else {
 		s.batch.setHead(wire.AppendSimpleReply(s.batch.head(), r.Cookie, 0))
 	}
@@ -250,8 +294,8 @@ func (s *session) lend(r wire.Request) bool {
 	if !ok {
 		return false
 	}
-	if s.structured {
-		s.batch.setHead(wire.AppendOffsetData(s.batch.head(), r.Cookie, true, r.Offset, n))
+	if s.headers != wire.SimpleReplies {
+		s.batch.setHead(wire.AppendOffsetData(s.batch.head(), s.to(r), true, r.Offset, n))
 	} else {
 		s.batch.setHead(wire.AppendSimpleReply(s.batch.head(), r.Cookie, 0))
 	}
@@ -282,7 +326,7 @@ func (s *session) countPieces(off int64, n int) (pieces int) {
 func (s *session) read(r wire.Request) error {
 	off, n := int64(r.Offset), int(r.Length)
 	q := newRequest(s, r, s.countPieces(off, n))
-	q.chunked = q.planned > 1 && s.structured && r.Flags&wire.FlagDF == 0
+	q.chunked = q.planned > 1 && s.headers != wire.SimpleReplies && r.Flags&wire.FlagDF == 0
 	var all charge
 	if !q.chunked {
 		var cost int64

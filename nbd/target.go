@@ -48,7 +48,7 @@ func newTarget(e *Export) *target {
 }
 
 // exportFlags are the transmission flags of an export.
-func exportFlags(i Info, structured bool) wire.ExportFlags {
+func exportFlags(i Info, h wire.Headers) wire.ExportFlags {
 	f := wire.HasFlags | wire.SendFlush | wire.SendFUA
 	if i.ReadOnly {
 		f |= wire.ReadOnly
@@ -66,8 +66,11 @@ func exportFlags(i Info, structured bool) wire.ExportFlags {
 	if i.MultiConn {
 		f |= wire.CanMultiConn
 	}
-	if structured {
+	if h != wire.SimpleReplies {
 		f |= wire.SendDF
+	}
+	if h == wire.ExtendedHeaders && i.Offers&OfferMap != 0 {
+		f |= wire.BlockStatusPayload
 	}
 	return f
 }
@@ -86,8 +89,8 @@ func blockSizes(i Info) wire.BlockSizes {
 }
 
 // covers tells whether [off, off+n) lies within the export.
-func (t *target) covers(off uint64, n uint32) bool {
-	end := off + uint64(n)
+func (t *target) covers(off, n uint64) bool {
+	end := off + n
 	if end < off || end > 1<<63-1 {
 		return false
 	}
@@ -176,7 +179,7 @@ func (t *target) states(ctx context.Context, off, n int64, max int) ([]wire.Stat
 		if e.Bytes <= 0 || n == 0 || len(states) == max {
 			break
 		}
-		var f uint32
+		var f uint64
 		if e.Hole {
 			f |= wire.StateHole
 		}
@@ -184,7 +187,7 @@ func (t *target) states(ctx context.Context, off, n int64, max int) ([]wire.Stat
 			f |= wire.StateZero
 		}
 		k := min(e.Bytes, n)
-		states = append(states, wire.State{Length: uint32(k), Flags: f})
+		states = append(states, wire.State{Length: uint64(k), Flags: f})
 		n -= k
 	}
 	if len(states) == 0 {

@@ -106,7 +106,7 @@ func TestHangUps(t *testing.T) {
 	for name, send := range map[string]func(r *raw){
 		"magic":           func(r *raw) { r.send(bytes.Repeat([]byte{0x42}, wire.RequestLen)) },
 		"4 GiB write":     func(r *raw) { r.request(wire.CmdWrite, 0, 0, math.MaxUint32, nil) },
-		"cut request":     func(r *raw) { r.send(wire.AppendRequest(nil, wire.Request{})[:20]); halfClose(r) },
+		"cut request":     func(r *raw) { r.send(wire.AppendRequest(nil, wire.SimpleReplies, wire.Request{})[:20]); halfClose(r) },
 		"cut payload":     func(r *raw) { r.request(wire.CmdWrite, 0, 0, 8192, make([]byte, 5000)); halfClose(r) },
 		"cut big payload": func(r *raw) { r.request(wire.CmdWrite, 0, 4096, 3<<20, make([]byte, 1<<20)); halfClose(r) },
 		"option":          func(r *raw) { r.send(wire.AppendOption(nil, wire.OptGo, make([]byte, 99))) },
@@ -286,7 +286,7 @@ func TestBlockStatus(t *testing.T) {
 		t.Helper()
 		r.request(wire.CmdBlockStatus, f, off, n, nil)
 		p := r.reply(0)
-		_, states, err := wire.ParseBlockStatus(nil, p.data)
+		_, states, err := wire.ParseBlockStatus(nil, p.Type, p.data)
 		if err != nil || p.Type != wire.ChunkBlockStatus || !p.Done || len(states) != len(want) {
 			t.Fatalf("%+v: %v %v", p.Reply, states, err)
 		}

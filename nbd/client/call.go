@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"firn.io/firn/nbd/wire"
 )
@@ -18,7 +19,7 @@ type Call struct {
 	Flags   wire.CommandFlags
 	Off     uint64
 	// Bytes is the length of commands without payload.
-	Bytes uint32
+	Bytes uint64
 	// Data is read into, or written. It belongs to the Conn until Done.
 	Data []byte
 	// States are a block status' extents; they are appended.
@@ -40,7 +41,14 @@ func (c *Conn) Submit(call *Call) error {
 		if len(call.Data) > wire.MaxPayload {
 			return fmt.Errorf("%w: %d bytes in one request", wire.EINVAL, len(call.Data))
 		}
-		n = uint32(len(call.Data))
+		n = uint64(len(call.Data))
+	}
+	f := call.Flags
+	switch {
+	case c.headers == wire.ExtendedHeaders && call.Command == wire.CmdWrite:
+		f |= wire.FlagPayloadLen
+	case c.headers != wire.ExtendedHeaders && n > math.MaxUint32:
+		return fmt.Errorf("%w: %d bytes in one request without extended headers", wire.EINVAL, n)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -50,7 +58,7 @@ func (c *Conn) Submit(call *Call) error {
 	c.cookie++
 	call.err, call.got = nil, 0
 	c.calls[c.cookie] = call
-	c.out = wire.AppendRequest(c.out, wire.Request{Flags: call.Flags, Command: call.Command, Cookie: c.cookie, Offset: call.Off, Length: n})
+	c.out = wire.AppendRequest(c.out, c.headers, wire.Request{Flags: f, Command: call.Command, Cookie: c.cookie, Offset: call.Off, Length: n})
 	if call.Command == wire.CmdWrite {
 		c.out = append(c.out, call.Data...)
 	}
@@ -128,12 +136,15 @@ func (c *Conn) replies() error {
 		c.r.Discard(n)
 		c.mu.Lock()
 		call := c.calls[r.Cookie]
+		if call != nil && !c.framed(call, r, n) {
+			call = nil
+		}
 		if call != nil && r.Done {
 			delete(c.calls, r.Cookie)
 		}
 		c.mu.Unlock()
 		if call == nil {
-			return fmt.Errorf("%w: reply to %d, which is not in flight", wire.ErrMalformed, r.Cookie)
+			return fmt.Errorf("%w: a reply that answers nothing in flight, to %d", wire.ErrMalformed, r.Cookie)
 		}
 		if r.Simple {
 			err = c.simple(call, r)
@@ -155,11 +166,19 @@ func (c *Conn) replies() error {
 	}
 }
 
+// framed tells whether a header of n bytes is what was agreed on.
+func (c *Conn) framed(call *Call, r wire.Reply, n int) bool {
+	if c.headers == wire.ExtendedHeaders {
+		return n == wire.ExtChunkHeaderLen && r.Offset == call.Off
+	}
+	return n == wire.SimpleReplyLen || n == wire.ChunkHeaderLen && c.headers == wire.StructuredReplies
+}
+
 func (c *Conn) simple(call *Call, r wire.Reply) error {
 	switch {
 	case r.Errno != 0:
 		call.err = r.Errno
-	case call.Command == wire.CmdRead && c.structured, call.Command == wire.CmdBlockStatus:
+	case c.headers.Structured(call.Command):
 		return fmt.Errorf("%w: simple reply to a %s", wire.ErrMalformed, call.Command)
 	case call.Command == wire.CmdRead:
 		n, err := io.ReadFull(c.r, call.Data)
@@ -173,7 +192,7 @@ func (c *Conn) chunk(call *Call, r wire.Reply) error {
 	if r.Type == wire.ChunkOffsetData && call.Command == wire.CmdRead {
 		return c.content(call, r)
 	}
-	if r.Length > maxReply+uint32(len(call.Data)) {
+	if r.Length > maxReply+uint64(len(call.Data)) {
 		return fmt.Errorf("%w: chunk of %d bytes", wire.ErrMalformed, r.Length)
 	}
 	p := make([]byte, r.Length)
@@ -190,8 +209,8 @@ func (c *Conn) chunk(call *Call, r wire.Reply) error {
 		part, err := call.part(off, uint64(n))
 		clear(part)
 		return err
-	case r.Type == wire.ChunkBlockStatus && call.Command == wire.CmdBlockStatus:
-		_, states, err := wire.ParseBlockStatus(call.States, p)
+	case r.Type.IsStatus() && call.Command == wire.CmdBlockStatus:
+		_, states, err := wire.ParseBlockStatus(call.States, r.Type, p)
 		call.States = states
 		return err
 	case r.Type.IsError():

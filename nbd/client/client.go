@@ -17,7 +17,7 @@ import (
 )
 
 // maxReply bounds what is not data in an answer of the server.
-const maxReply = 64 << 10
+const maxReply = 128 << 10
 
 // Options of [Dial] and [New].
 type Options struct {
@@ -25,6 +25,8 @@ type Options struct {
 	Export string
 	// Simple asks for simple replies; then Map does not work.
 	Simple bool
+	// Extended asks for extended headers, and fails if the server has none.
+	Extended bool
 	// ExportName enters by NBD_OPT_EXPORT_NAME, as old clients do.
 	ExportName bool
 	// Session, if not zero, is told to the server: the export is entered once
@@ -36,12 +38,12 @@ type Options struct {
 // Conn is a connection that has entered an export. Its methods may be called by
 // many goroutines at once.
 type Conn struct {
-	nc         net.Conn
-	r          *bufio.Reader
-	info       Export
-	structured bool
-	mapID      uint32
-	mapped     bool
+	nc      net.Conn
+	r       *bufio.Reader
+	info    Export
+	headers wire.Headers
+	mapID   uint32
+	mapped  bool
 
 	mu      sync.Mutex
 	out     []byte
@@ -255,10 +257,14 @@ func (c *Conn) enter(o Options) error {
 		return err
 	}
 	if !o.Simple {
-		if err := c.option(wire.OptStructuredReply, nil, nil); err != nil {
+		option := wire.OptStructuredReply
+		c.headers = wire.StructuredReplies
+		if o.Extended {
+			option, c.headers = wire.OptExtendedHeaders, wire.ExtendedHeaders
+		}
+		if err := c.option(option, nil, nil); err != nil {
 			return err
 		}
-		c.structured = true
 		data := wire.AppendMetaRequest(nil, o.Export, wire.BaseAllocation)
 		err := c.option(wire.OptSetMetaContext, data, func(r wire.OptReply, p []byte) error {
 			id, name, err := wire.ParseMetaContext(p)
@@ -311,7 +317,7 @@ func (c *Conn) Export() Export { return c.info }
 // first. Calls without an answer fail.
 func (c *Conn) Close() error {
 	c.mu.Lock()
-	c.out = wire.AppendRequest(c.out, wire.Request{Command: wire.CmdDisc})
+	c.out = wire.AppendRequest(c.out, c.headers, wire.Request{Command: wire.CmdDisc})
 	c.mu.Unlock()
 	err := c.Flush()
 	if errors.Is(err, ErrClosed) {

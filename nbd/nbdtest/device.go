@@ -103,7 +103,7 @@ func (d *Device) zero(ctx context.Context, cmd wire.Command, off, n int64, f blo
 	}
 	for {
 		k := min(n, maxZero)
-		if err := d.do(ctx, &client.Call{Command: cmd, Bytes: uint32(k), Flags: flags(f)}, off, k); err != nil || k == n {
+		if err := d.do(ctx, &client.Call{Command: cmd, Bytes: uint64(k), Flags: flags(f)}, off, k); err != nil || k == n {
 			return err
 		}
 		off, n = off+k, n-k
@@ -128,7 +128,7 @@ func (d *Device) Extents(ctx context.Context, dst []block.Extent, off, n int64, 
 	first := len(dst)
 	for n > 0 {
 		k := min(n, maxZero)
-		call := &client.Call{Command: wire.CmdBlockStatus, Bytes: uint32(k)}
+		call := &client.Call{Command: wire.CmdBlockStatus, Bytes: uint64(k)}
 		if err := d.do(ctx, call, off, k); err != nil {
 			return dst, err
 		}
@@ -158,7 +158,7 @@ func (d *Device) Extents(ctx context.Context, dst []block.Extent, off, n int64, 
 func (d *Device) Prefetch(ctx context.Context, off, n int64) error {
 	for {
 		k := min(n, maxZero)
-		if err := d.do(ctx, &client.Call{Command: wire.CmdCache, Bytes: uint32(k)}, off, k); err != nil || k == n {
+		if err := d.do(ctx, &client.Call{Command: wire.CmdCache, Bytes: uint64(k)}, off, k); err != nil || k == n {
 			return err
 		}
 		off, n = off+k, n-k

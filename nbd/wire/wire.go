@@ -19,6 +19,8 @@ const (
 	magicRequest    = 0x25609513
 	magicSimple     = 0x67446698
 	magicStructured = 0x668e33ef
+	magicExtRequest = 0x21e41c71
+	magicExtReply   = 0x6e8a278c
 )
 
 // Lengths of fixed parts, and limits that the protocol sets, in bytes.
@@ -33,6 +35,10 @@ const (
 	OffsetDataLen     = 8
 	OffsetHoleLen     = 12
 	ExtentLen         = 8
+	// With extended headers.
+	ExtRequestLen     = 32
+	ExtChunkHeaderLen = 32
+	ExtExtentLen      = 16
 	// ExportNamePad is how many zero bytes follow the answer to EXPORT_NAME
 	// unless both sides said NO_ZEROES.
 	ExportNamePad = 124
@@ -135,6 +141,8 @@ const (
 	SendResize      ExportFlags = 1 << 9
 	SendCache       ExportFlags = 1 << 10
 	SendFastZero    ExportFlags = 1 << 11
+	// BlockStatusPayload lets BLOCK_STATUS name contexts; extended headers only.
+	BlockStatusPayload ExportFlags = 1 << 12
 )
 
 // Command is the type of a request in the transmission phase.
@@ -171,20 +179,26 @@ const (
 	FlagDF       CommandFlags = 1 << 2
 	FlagReqOne   CommandFlags = 1 << 3
 	FlagFastZero CommandFlags = 1 << 4
+	// FlagPayloadLen, with extended headers, says that Length is that of a
+	// payload; a write has it always.
+	FlagPayloadLen CommandFlags = 1 << 5
 )
 
 // AllowedFlags returns the flags that make sense on c. FUA is tolerated on
 // every command once the server offers it.
-func (c Command) AllowedFlags() CommandFlags {
-	switch c {
-	case CmdRead:
-		return FlagFUA | FlagDF
-	case CmdWriteZeroes:
-		return FlagFUA | FlagNoHole | FlagFastZero
-	case CmdBlockStatus:
-		return FlagFUA | FlagReqOne
+func (h Headers) AllowedFlags(c Command) CommandFlags {
+	f := FlagFUA
+	switch {
+	case c == CmdRead && h != SimpleReplies:
+		f |= FlagDF
+	case c == CmdWrite && h == ExtendedHeaders:
+		f |= FlagPayloadLen
+	case c == CmdWriteZeroes:
+		f |= FlagNoHole | FlagFastZero
+	case c == CmdBlockStatus:
+		f |= FlagReqOne
 	}
-	return FlagFUA
+	return f
 }
 
 // ChunkType is the type of a structured reply's chunk.
@@ -195,10 +209,15 @@ const (
 	ChunkOffsetData  ChunkType = 1
 	ChunkOffsetHole  ChunkType = 2
 	ChunkBlockStatus ChunkType = 5
-	chunkErr                   = ChunkType(1 << 15)
-	ChunkError                 = chunkErr | 1
-	ChunkErrorOffset           = chunkErr | 2
+	// ChunkBlockStatusExt takes its place with extended headers.
+	ChunkBlockStatusExt ChunkType = 6
+	chunkErr                      = ChunkType(1 << 15)
+	ChunkError                    = chunkErr | 1
+	ChunkErrorOffset              = chunkErr | 2
 )
+
+// IsStatus tells whether the chunk carries extents of a context.
+func (t ChunkType) IsStatus() bool { return t == ChunkBlockStatus || t == ChunkBlockStatusExt }
 
 // IsError tells whether the chunk carries an Errno.
 func (t ChunkType) IsError() bool { return t&chunkErr != 0 }
@@ -208,8 +227,8 @@ const ChunkDone uint16 = 1 << 0
 
 // Flags of an extent in the context base:allocation.
 const (
-	StateHole uint32 = 1 << 0
-	StateZero uint32 = 1 << 1
+	StateHole uint64 = 1 << 0
+	StateZero uint64 = 1 << 1
 )
 
 // Errno is an error number on the wire. It is an error; 0 is success and is

@@ -10,6 +10,7 @@ import (
 
 // The hex strings were written by hand from doc/proto.md.
 func TestBytes(t *testing.T) {
+	to, ext := To{Cookie: 7, Offset: 9}, To{Cookie: 7, Offset: 9, Headers: ExtendedHeaders}
 	for _, c := range []struct {
 		name string
 		got  []byte
@@ -27,15 +28,27 @@ func TestBytes(t *testing.T) {
 		{"server", AppendServer(nil, "a", "b"), "00000001 61 62"},
 		{"meta request", AppendMetaRequest(nil, "e", "base:"), "00000001 65 00000001 00000005 626173653a"},
 		{"meta context", AppendMetaContext(nil, 9, "c"), "00000009 63"},
-		{"request", AppendRequest(nil, Request{FlagFUA, CmdWrite, 7, 512, 8}), "25609513 0001 0001 0000000000000007 0000000000000200 00000008"},
+		{"request", AppendRequest(nil, SimpleReplies, Request{FlagFUA, CmdWrite, 7, 512, 8}), "25609513 0001 0001 0000000000000007 0000000000000200 00000008"},
 		{"simple", AppendSimpleReply(nil, 7, EIO), "67446698 00000005 0000000000000007"},
-		{"none", AppendNone(nil, 7), "668e33ef 0001 0000 0000000000000007 00000000"},
-		{"data", AppendOffsetData(nil, 7, false, 9, 3), "668e33ef 0000 0001 0000000000000007 0000000b 0000000000000009"},
-		{"hole", AppendOffsetHole(nil, 7, true, 9, 3), "668e33ef 0001 0002 0000000000000007 0000000c 0000000000000009 00000003"},
-		{"error", AppendError(nil, 7, EINVAL, "no"), "668e33ef 0001 8001 0000000000000007 00000008 00000016 0002 6e6f"},
-		{"error at", AppendErrorOffset(nil, 7, true, EIO, "", 4), "668e33ef 0001 8002 0000000000000007 0000000e 00000005 0000 0000000000000004"},
-		{"status", AppendState(AppendBlockStatus(nil, 7, true, 1, 1), State{4096, StateHole | StateZero}),
+		{"none", AppendNone(nil, to), "668e33ef 0001 0000 0000000000000007 00000000"},
+		{"data", AppendOffsetData(nil, to, false, 9, 3), "668e33ef 0000 0001 0000000000000007 0000000b 0000000000000009"},
+		{"hole", AppendOffsetHole(nil, to, true, 9, 3), "668e33ef 0001 0002 0000000000000007 0000000c 0000000000000009 00000003"},
+		{"error", AppendError(nil, to, EINVAL, "no"), "668e33ef 0001 8001 0000000000000007 00000008 00000016 0002 6e6f"},
+		{"error at", AppendErrorOffset(nil, to, true, EIO, "", 4), "668e33ef 0001 8002 0000000000000007 0000000e 00000005 0000 0000000000000004"},
+		{"status", AppendBlockStatus(nil, to, true, 1, []State{{4096, StateHole | StateZero}}),
 			"668e33ef 0001 0005 0000000000000007 0000000c 00000001 00001000 00000003"},
+		{"extended request", AppendRequest(nil, ExtendedHeaders, Request{FlagFUA | FlagPayloadLen, CmdWrite, 7, 512, 8}),
+			"21e41c71 0021 0001 0000000000000007 0000000000000200 0000000000000008"},
+		{"extended trim", AppendRequest(nil, ExtendedHeaders, Request{0, CmdTrim, 7, 512, 1 << 40}),
+			"21e41c71 0000 0004 0000000000000007 0000000000000200 0000010000000000"},
+		{"extended none", AppendNone(nil, ext), "6e8a278c 0001 0000 0000000000000007 0000000000000009 0000000000000000"},
+		{"extended data", AppendOffsetData(nil, ext, false, 10, 3), "6e8a278c 0000 0001 0000000000000007 0000000000000009 000000000000000b 000000000000000a"},
+		{"extended hole", AppendOffsetHole(nil, ext, true, 10, 3), "6e8a278c 0001 0002 0000000000000007 0000000000000009 000000000000000c 000000000000000a 00000003"},
+		{"extended error", AppendError(nil, ext, EINVAL, "no"), "6e8a278c 0001 8001 0000000000000007 0000000000000009 0000000000000008 00000016 0002 6e6f"},
+		{"extended status", AppendBlockStatus(nil, ext, true, 1, []State{{1 << 40, StateHole | StateZero}, {4096, 0}}),
+			"6e8a278c 0001 0006 0000000000000007 0000000000000009 0000000000000028 00000001 00000002 0000010000000000 0000000000000003 0000000000001000 0000000000000000"},
+		{"status payload", AppendStatusPayload(nil, 1<<40, 1), "0000010000000000 00000001"},
+		{"session", AppendSession(nil, Session{[16]byte{1}, 2, 3}), "01000000000000000000000000000000 00000002 0000000000000003"},
 	} {
 		want, err := hex.DecodeString(strings.ReplaceAll(c.want, " ", ""))
 		if err != nil {
@@ -67,13 +80,25 @@ func TestRefused(t *testing.T) {
 		"claimed infos":       func() error { _, err := ParseInfoRequest([]byte{0, 0, 0, 0, 0xff, 0xff}); return err },
 		"claimed queries":     func() error { _, err := ParseMetaRequest([]byte{0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff}); return err },
 		"after the queries":   func() error { _, err := ParseMetaRequest([]byte{0, 0, 0, 0, 0, 0, 0, 0, 1}); return err },
-		"request magic":       func() error { _, err := ParseRequest(make([]byte, RequestLen)); return err },
+		"request magic":       func() error { _, err := ParseRequest(make([]byte, RequestLen), SimpleReplies); return err },
 		"reply":               func() error { _, err := ParseReply(make([]byte, SimpleReplyLen)); return err },
 		"error text":          func() error { _, _, _, err := ParseError(ChunkError, []byte{0, 0, 0, 5, 0, 9}); return err },
 		"error without errno": func() error { _, _, _, err := ParseError(ChunkError, make([]byte, 6)); return err },
-		"empty status":        func() error { _, _, err := ParseBlockStatus(nil, make([]byte, 4)); return err },
-		"empty extent":        func() error { _, _, err := ParseBlockStatus(nil, make([]byte, 12)); return err },
-		"offset":              func() error { _, _, err := ParseOffset(make([]byte, 7), false); return err },
+		"empty status":        func() error { _, _, err := ParseBlockStatus(nil, ChunkBlockStatus, make([]byte, 4)); return err },
+		"empty extent":        func() error { _, _, err := ParseBlockStatus(nil, ChunkBlockStatus, make([]byte, 12)); return err },
+		"extended request": func() error {
+			_, err := ParseRequest(AppendRequest(nil, SimpleReplies, Request{Length: 1<<32 - 1}), ExtendedHeaders)
+			return err
+		},
+		"extended status": func() error {
+			_, _, err := ParseBlockStatus(nil, ChunkBlockStatusExt, append(make([]byte, 7), bytes.Repeat([]byte{2}, 17)...))
+			return err
+		},
+		"short status payload": func() error { _, _, err := ParseStatusPayload(make([]byte, 7)); return err },
+		"odd status payload":   func() error { _, _, err := ParseStatusPayload(make([]byte, 10)); return err },
+		"short session":        func() error { _, err := ParseSession(make([]byte, 27)); return err },
+		"session without id":   func() error { _, err := ParseSession(make([]byte, 28)); return err },
+		"offset":               func() error { _, _, err := ParseOffset(make([]byte, 7), false); return err },
 	} {
 		if err := f(); !errors.Is(err, ErrMalformed) {
 			t.Errorf("%s: %v", name, err)
@@ -110,10 +135,10 @@ func TestMatchesBaseAllocation(t *testing.T) {
 }
 
 func TestParseAllocatesNothing(t *testing.T) {
-	req := AppendRequest(nil, Request{Command: CmdRead, Cookie: 1, Offset: 4096, Length: 4096})
+	req := AppendRequest(nil, SimpleReplies, Request{Command: CmdRead, Cookie: 1, Offset: 4096, Length: 4096})
 	rep := AppendSimpleReply(nil, 1, 0)
 	if n := testing.AllocsPerRun(100, func() {
-		if _, err := ParseRequest(req); err != nil {
+		if _, err := ParseRequest(req, SimpleReplies); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := ParseReply(rep); err != nil {
@@ -135,6 +160,8 @@ func FuzzHandshake(f *testing.F) {
 	f.Add(AppendInfoExport(nil, 1<<40, HasFlags|SendFlush))
 	f.Add(AppendInfoBlockSize(nil, BlockSizes{1, 4096, MaxPayload}))
 	f.Add(AppendServer(nil, "vol", "a volume"))
+	f.Add(AppendSession(nil, Session{[16]byte{1}, 2, 3}))
+	f.Add(AppendStatusPayload(nil, 1<<33, 1))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		same := func(what string, got []byte) {
 			if !bytes.Equal(got, p) {
@@ -155,6 +182,12 @@ func FuzzHandshake(f *testing.F) {
 		}
 		if r, err := ParseInfoRequest(p); err == nil {
 			same("information request", AppendInfoRequest(nil, r.Name, r.Want...))
+		}
+		if s, err := ParseSession(p); err == nil {
+			same("session", AppendSession(nil, s))
+		}
+		if n, ids, err := ParseStatusPayload(p); err == nil {
+			same("block status payload", AppendStatusPayload(nil, n, ids...))
 		}
 		if r, err := ParseMetaRequest(p); err == nil {
 			same("metadata request", AppendMetaRequest(nil, r.Export, r.Queries...))
@@ -180,17 +213,23 @@ func FuzzHandshake(f *testing.F) {
 
 // FuzzTransmission: what parses is encoded again to the same bytes.
 func FuzzTransmission(f *testing.F) {
-	f.Add(AppendRequest(nil, Request{FlagDF, CmdRead, 1, 2, 3}))
-	f.Add(AppendSimpleReply(nil, 1, ENOSPC))
-	f.Add(AppendOffsetData(nil, 1, true, 2, 0))
-	f.Add(AppendOffsetHole(nil, 1, true, 2, 3))
-	f.Add(AppendError(nil, 1, EIO, "text"))
-	f.Add(AppendErrorOffset(nil, 1, true, EIO, "text", 9))
-	f.Add(AppendState(AppendBlockStatus(nil, 1, true, 2, 1), State{1, 0}))
+	for h := SimpleReplies; h <= ExtendedHeaders; h++ {
+		to := To{Cookie: 1, Offset: 2, Headers: h}
+		f.Add(AppendRequest(nil, h, Request{FlagDF, CmdRead, 1, 2, 3}))
+		f.Add(AppendSimpleReply(nil, 1, ENOSPC))
+		f.Add(AppendNone(nil, to))
+		f.Add(AppendOffsetData(nil, to, true, 2, 0))
+		f.Add(AppendOffsetHole(nil, to, true, 2, 3))
+		f.Add(AppendError(nil, to, EIO, "text"))
+		f.Add(AppendErrorOffset(nil, to, true, EIO, "text", 9))
+		f.Add(AppendBlockStatus(nil, to, true, 2, []State{{1, 0}}))
+	}
 	f.Fuzz(func(t *testing.T, p []byte) {
-		if len(p) >= RequestLen {
-			if r, err := ParseRequest(p[:RequestLen]); err == nil && !bytes.Equal(AppendRequest(nil, r), p[:RequestLen]) {
-				t.Fatalf("%+v from %x", r, p)
+		for h := SimpleReplies; h <= ExtendedHeaders; h++ {
+			if n := h.RequestLen(); len(p) >= n {
+				if r, err := ParseRequest(p[:n], h); err == nil && !bytes.Equal(AppendRequest(nil, h, r), p[:n]) {
+					t.Fatalf("%+v from %x", r, p)
+				}
 			}
 		}
 		if len(p) < 4 || ReplyLen(p) == 0 || len(p) < ReplyLen(p) {
@@ -201,39 +240,49 @@ func FuzzTransmission(f *testing.F) {
 		if err != nil {
 			t.Fatalf("ReplyLen knows %x: %v", p, err)
 		}
-		switch {
-		case r.Simple:
+		if r.Simple {
 			if got := AppendSimpleReply(nil, r.Cookie, r.Errno); !bytes.Equal(got, head) {
 				t.Fatalf("%x from %x", got, head)
 			}
-		case r.Type.IsError():
-			if e, text, off, err := ParseError(r.Type, body); err == nil {
-				again := AppendError(nil, r.Cookie, e, text)
-				if r.Type == ChunkErrorOffset {
-					again = AppendErrorOffset(nil, r.Cookie, true, e, text, off)
-				}
-				if (r.Type == ChunkError || r.Type == ChunkErrorOffset) && !bytes.Equal(again[ChunkHeaderLen:], body) {
-					t.Fatalf("%x from %x", again, p)
-				}
-			}
-		case r.Type == ChunkBlockStatus:
-			if ctx, states, err := ParseBlockStatus(nil, body); err == nil {
-				again := AppendBlockStatus(nil, r.Cookie, true, ctx, len(states))
-				for _, s := range states {
-					again = AppendState(again, s)
-				}
-				if !bytes.Equal(again[ChunkHeaderLen:], body) {
-					t.Fatalf("%x from %x", again, p)
-				}
-			}
-		default:
-			off, n, err := ParseOffset(body, r.Type == ChunkOffsetHole)
-			if r.Type == ChunkOffsetHole && err == nil {
-				again := AppendOffsetHole(nil, r.Cookie, true, off, int(n))
-				if !bytes.Equal(again[ChunkHeaderLen:], body) {
-					t.Fatalf("%x from %x", again, p)
-				}
-			}
+			return
 		}
+		sameChunk(t, r, len(head), body)
 	})
+}
+
+// sameChunk encodes the content of a chunk again.
+func sameChunk(t *testing.T, r Reply, headLen int, body []byte) {
+	to := To{Cookie: r.Cookie, Offset: r.Offset}
+	if headLen == ExtChunkHeaderLen {
+		to.Headers = ExtendedHeaders
+	}
+	var again []byte
+	switch {
+	case r.Type.IsError():
+		e, text, off, err := ParseError(r.Type, body)
+		if err != nil || r.Type != ChunkError && r.Type != ChunkErrorOffset {
+			return
+		}
+		again = AppendError(nil, to, e, text)
+		if r.Type == ChunkErrorOffset {
+			again = AppendErrorOffset(nil, to, true, e, text, off)
+		}
+	case r.Type.IsStatus():
+		context, states, err := ParseBlockStatus(nil, r.Type, body)
+		if err != nil || (r.Type == ChunkBlockStatusExt) != (to.Headers == ExtendedHeaders) {
+			return
+		}
+		again = AppendBlockStatus(nil, to, true, context, states)
+	case r.Type == ChunkOffsetHole:
+		off, n, err := ParseOffset(body, true)
+		if err != nil {
+			return
+		}
+		again = AppendOffsetHole(nil, to, true, off, int(n))
+	default:
+		return
+	}
+	if !bytes.Equal(again[headLen:], body) {
+		t.Fatalf("chunk of type %d: %x from %x", r.Type, again[headLen:], body)
+	}
 }

@@ -59,7 +59,7 @@ func (d *nbdDevice) WriteAt(ctx context.Context, p []byte, off int64) error {
 }
 
 func (d *nbdDevice) Trim(ctx context.Context, off, n int64) error {
-	return d.do(ctx, &client.Call{Command: wire.CmdTrim, Off: uint64(off), Bytes: uint32(n)})
+	return d.do(ctx, &client.Call{Command: wire.CmdTrim, Off: uint64(off), Bytes: uint64(n)})
 }
 
 func (d *nbdDevice) Flush(ctx context.Context) error {
