@@ -200,6 +200,8 @@ func refusalOf(err error) wire.OptReply {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return wire.RepErrUnknown
+	case errors.Is(err, ErrTLSRequired):
+		return wire.RepErrTLSRequired
 	case errors.Is(err, fs.ErrPermission):
 		return wire.RepErrPolicy
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):

@@ -3,6 +3,7 @@ package nbd_test
 import (
 	"bytes"
 	"context"
+	"runtime"
 	"testing"
 
 	"firn.io/firn/internal/block"
@@ -177,9 +178,7 @@ func TestExtendedPayloads(t *testing.T) {
 	r.request64(wire.CmdTrim, wire.FlagPayloadLen, 0, 1<<40, nil)
 	r.wantClosed()
 	for s.Stats().Violations != 1 {
-		if s.Stats().Connections == 0 {
-			t.Fatalf("%+v", s.Stats())
-		}
+		runtime.Gosched()
 	}
 }
 

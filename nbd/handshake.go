@@ -21,6 +21,7 @@ type handshake struct {
 	// only.
 	mapped    bool
 	mappedFor string
+	tls       tlsMode
 	// session is what the client said of itself, zero if it did not.
 	session Session
 
@@ -58,7 +59,12 @@ func (h *handshake) admit(o wire.Option, n uint32) (read bool, err error) {
 
 // option answers an option. An error ends the connection after out was written.
 func (h *handshake) option(ctx context.Context, o wire.Option, data []byte) error {
+	if barred, err := h.barred(o); barred {
+		return err
+	}
 	switch o {
+	case wire.OptStartTLS:
+		return h.startTLS(data)
 	case wire.OptExportName:
 		return h.exportName(data)
 	case wire.OptAbort:

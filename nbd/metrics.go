@@ -19,6 +19,8 @@ type Stats struct {
 	// Violations counts connections that ended because the client broke the
 	// protocol or stalled in the transmission phase.
 	Violations uint64
+	// Encrypted counts connections that started TLS.
+	Encrypted uint64
 	// Superseded counts connections that a newer one of their session ended.
 	Superseded uint64
 	Counts

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"log/slog"
 	"time"
 
@@ -12,6 +13,11 @@ import (
 // The memory that clients can make a server hold is at most MaxConnections x
 // (about 2 MiB, of which 1 MiB is payload) + TotalBytes.
 type Options struct {
+	// TLS, if set, lets clients start TLS (NBD_OPT_STARTTLS); RequireTLS lets
+	// them do nothing else before. tls.RequireAndVerifyClientCert asks for
+	// certificates of theirs; [ClientOf] tells Exports whose it is.
+	TLS        *tls.Config
+	RequireTLS bool
 	// MaxConnections is how many connections may be open; a further one is
 	// closed at once. 128.
 	MaxConnections int
@@ -55,6 +61,8 @@ const (
 	minBudget    = 2 * wire.MaxPayload
 
 	inputBytes = 128 << 10
+	// handshakeBytes is the input buffer before the transmission phase.
+	handshakeBytes = 4096
 	// A batch holds batchBytes of replies, of which batchCopied in its own
 	// memory: those shorter than copyBelow (measured: writing 4 KiB from where
 	// it is lent costs 0.15 us less than copying it), and all headers.
@@ -62,6 +70,8 @@ const (
 	batchCopied   = 64 << 10
 	maxBatchLoans = 256
 	copyBelow     = 2 << 10
+	// gatherBytes of replies are written at once over TLS.
+	gatherBytes = 64 << 10
 
 	maxStates = 4096
 	// maxStatusPayload is the effect length and two contexts.

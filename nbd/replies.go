@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -41,11 +42,17 @@ type replies struct {
 	vec      net.Buffers
 	space    net.Buffers
 	deadline time.Time
+	// gathered, for TLS, is where segments become one write: a record each
+	// would cost more than copying them.
+	gathered []byte
 }
 
 func newReplies(nc net.Conn, now func() time.Time, stall time.Duration) *replies {
 	w := &replies{nc: nc, now: now, stall: stall}
 	w.moved.L = &w.mu
+	if _, ok := nc.(*tls.Conn); ok {
+		w.gathered = make([]byte, 0, gatherBytes)
+	}
 	return w
 }
 
@@ -125,6 +132,12 @@ func (w *replies) write() error {
 				return err
 			}
 		}
+		if w.gathered != nil {
+			if err := w.gather(); err != nil {
+				return err
+			}
+			continue
+		}
 		if len(w.vec) == 1 {
 			if _, err := w.nc.Write(w.vec[0]); err != nil {
 				return err
@@ -136,6 +149,33 @@ func (w *replies) write() error {
 		}
 	}
 	return nil
+}
+
+// gather writes w.vec in as few writes as its memory allows.
+func (w *replies) gather() error {
+	flush := func() error {
+		if len(w.gathered) == 0 {
+			return nil
+		}
+		_, err := w.nc.Write(w.gathered)
+		w.gathered = w.gathered[:0]
+		return err
+	}
+	for _, p := range w.vec {
+		if len(w.gathered)+len(p) > cap(w.gathered) {
+			if err := flush(); err != nil {
+				return err
+			}
+		}
+		if len(p) >= cap(w.gathered) {
+			if _, err := w.nc.Write(p); err != nil {
+				return err
+			}
+			continue
+		}
+		w.gathered = append(w.gathered, p...)
+	}
+	return flush()
 }
 
 // batch gathers the replies that the goroutine reading the connection makes.

@@ -37,11 +37,12 @@ type Server struct {
 
 // conn is one connection from accept to close.
 type conn struct {
-	s      *Server
-	nc     net.Conn
-	in     *input
-	count  counters
-	cancel context.CancelFunc
+	s *Server
+	// nc is what the protocol is spoken over: raw, or TLS over it.
+	raw, nc net.Conn
+	in      *input
+	count   counters
+	cancel  context.CancelFunc
 	// calling is set while the handshake is inside Exports.
 	calling bool
 
@@ -121,13 +122,18 @@ func (s *Server) ServeConn(nc net.Conn) error {
 	defer nc.Close()
 	ctx, cancel := context.WithCancel(s.life)
 	defer cancel()
-	c := &conn{s: s, nc: nc, cancel: cancel, over: make(chan struct{}), client: Client{Addr: nc.RemoteAddr()}}
+	c := &conn{s: s, raw: nc, nc: nc, cancel: cancel, over: make(chan struct{}), client: Client{Addr: nc.RemoteAddr()}}
 	if err := s.enter(c); err != nil {
 		return err
 	}
 	prepare(nc)
 	defer s.leave(c)
-	return c.run(ctx)
+	err := c.run(ctx)
+	if c.nc != nc {
+		// TLS wants to be told the end; the client may be gone.
+		_ = c.nc.Close()
+	}
+	return err
 }
 
 func (s *Server) enter(c *conn) error {
@@ -208,7 +214,7 @@ func (s *Server) Close() error {
 	s.kill()
 	s.mu.Lock()
 	for c := range s.conns {
-		c.nc.Close()
+		c.raw.Close()
 	}
 	s.mu.Unlock()
 	s.over.Wait()
@@ -231,7 +237,7 @@ func (c *conn) startDrain() {
 	defer c.mu.Unlock()
 	c.drain = true
 	if c.session == nil {
-		c.nc.Close()
+		c.raw.Close()
 		return
 	}
 	empty, in := c.session.gate.close(), c.in
@@ -270,7 +276,7 @@ func (c *conn) run(ctx context.Context) error {
 		defer export.Close()
 	}
 	log = log.With("export", export.Info.Name)
-	log.Info("nbd: client entered", "headers", h.headers)
+	log.Info("nbd: client entered", "headers", h.headers, "tls", h.tls == tlsOn)
 	err = c.transmit(ctx, h)
 	log.Info("nbd: client left", "error", err)
 	return err
@@ -289,7 +295,7 @@ func (c *conn) handshake(ctx context.Context) (_ *handshake, err error) {
 	if err := c.nc.SetDeadline(opt.Now().Add(opt.HandshakeTimeout)); err != nil {
 		return nil, err
 	}
-	c.in = newInput(c.nc, 4096)
+	c.in = newInput(c.nc, handshakeBytes)
 	if _, err := c.nc.Write(wire.AppendGreeting(nil, wire.FixedNewstyle|wire.NoZeroes)); err != nil {
 		return nil, err
 	}
@@ -298,6 +304,12 @@ func (c *conn) handshake(ctx context.Context) (_ *handshake, err error) {
 		return nil, err
 	}
 	h := &handshake{exports: callTracker{c}}
+	switch {
+	case opt.TLS != nil && opt.RequireTLS:
+		h.tls = tlsRequired
+	case opt.TLS != nil:
+		h.tls = tlsOffered
+	}
 	h.open = func(name string) (*Export, error) { return c.open(ctx, h.session, name) }
 	if h.flags, err = wire.ParseClientFlags(p); err != nil {
 		return nil, err
@@ -343,7 +355,10 @@ func (c *conn) oneOption(ctx context.Context, h *handshake) error {
 	}
 	_, err = c.nc.Write(h.out)
 	h.out = h.out[:0]
-	if result != nil {
+	switch {
+	case result == errStartTLS && err == nil:
+		return c.encrypt(ctx, h)
+	case result != nil:
 		return result
 	}
 	return err

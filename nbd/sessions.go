@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io/fs"
 	"net"
@@ -16,6 +17,9 @@ type Session = wire.Session
 // Client is what the server knows of the client that asks something of Exports.
 type Client struct {
 	Addr net.Addr
+	// TLS is nil in the clear. Its PeerCertificates were verified if
+	// [Options.TLS] says that client certificates are.
+	TLS *tls.ConnectionState
 	// Session is the zero Session if the client did not say.
 	Session Session
 }
@@ -128,7 +132,7 @@ func (c *conn) end() {
 		session.gate.close()
 	}
 	c.cancel()
-	c.nc.Close()
+	c.raw.Close()
 }
 
 // identity is what Disconnect shows of a connection.

@@ -57,7 +57,7 @@ func (w *watch) left() bool {
 // gone tells whether the peer has closed its end, whatever it sent before. Of a
 // connection that is not a socket it cannot be told.
 func gone(nc net.Conn) bool {
-	sc, ok := nc.(syscall.Conn)
+	sc, ok := clearConn(nc).(syscall.Conn)
 	if !ok {
 		return false
 	}

@@ -6,6 +6,7 @@ package client
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -25,6 +26,9 @@ type Options struct {
 	Export string
 	// Simple asks for simple replies; then Map does not work.
 	Simple bool
+	// TLS, if set, is started before anything else, and required. Its ServerName
+	// is what the server's certificate must be for.
+	TLS *tls.Config
 	// Extended asks for extended headers, and fails if the server has none.
 	Extended bool
 	// ExportName enters by NBD_OPT_EXPORT_NAME, as old clients do.
@@ -108,7 +112,7 @@ func New(ctx context.Context, nc net.Conn, o Options) (*Conn, error) {
 func handshake(ctx context.Context, nc net.Conn, o Options) (*Conn, error) {
 	stop := context.AfterFunc(ctx, func() { nc.Close() })
 	c := &Conn{nc: nc, r: bufio.NewReaderSize(nc, 256<<10), calls: map[uint64]*Call{}, over: make(chan struct{})}
-	err := c.enter(o)
+	err := c.enter(ctx, o)
 	if !stop() && err == nil {
 		err = ctx.Err()
 	}
@@ -119,8 +123,25 @@ func handshake(ctx context.Context, nc net.Conn, o Options) (*Conn, error) {
 	return c, nil
 }
 
+// startTLS goes on under TLS.
+func (c *Conn) startTLS(ctx context.Context, config *tls.Config) error {
+	if err := c.option(wire.OptStartTLS, nil, nil); err != nil {
+		return err
+	}
+	if n := c.r.Buffered(); n > 0 {
+		return fmt.Errorf("%w: %d bytes in the clear where TLS starts", wire.ErrMalformed, n)
+	}
+	nc := tls.Client(c.nc, config)
+	if err := nc.HandshakeContext(ctx); err != nil {
+		return fmt.Errorf("TLS: %w", err)
+	}
+	c.nc = nc
+	c.r.Reset(nc)
+	return nil
+}
+
 // Enter enters an export with simple replies and hands over the socket, on which
-// nothing is unread: to give it to a kernel. ctx bounds the handshake. A refusal
+// nothing is unread: to give it to a kernel, which with TLS needs somebody in between. ctx bounds the handshake. A refusal
 // is an *OptionError.
 func Enter(ctx context.Context, addr string, o Options) (net.Conn, Export, error) {
 	nc, err := dial(ctx, addr)
@@ -133,10 +154,10 @@ func Enter(ctx context.Context, addr string, o Options) (net.Conn, Export, error
 		return nil, Export{}, err
 	}
 	if n := c.r.Buffered(); n > 0 {
-		nc.Close()
+		c.nc.Close()
 		return nil, Export{}, fmt.Errorf("%w: %d bytes after the handshake", wire.ErrMalformed, n)
 	}
-	return nc, c.info, nil
+	return c.nc, c.info, nil
 }
 
 // List returns a server's exports.
@@ -252,9 +273,14 @@ func (c *Conn) infoOrGo(o wire.Option, name string) error {
 	})
 }
 
-func (c *Conn) enter(o Options) error {
+func (c *Conn) enter(ctx context.Context, o Options) error {
 	if err := c.greet(); err != nil {
 		return err
+	}
+	if o.TLS != nil {
+		if err := c.startTLS(ctx, o.TLS); err != nil {
+			return err
+		}
 	}
 	if !o.Simple {
 		option := wire.OptStructuredReply
