@@ -35,6 +35,7 @@ const (
 type frontFlags struct {
 	nbd, api, http string
 	tls            tlsFlags
+	nbdTLS         nbdTLSFlags
 }
 
 func (f *frontFlags) register(cmd *cobra.Command) {
@@ -42,6 +43,7 @@ func (f *frontFlags) register(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.api, "api", defaultAPI, "serve the admin API here")
 	cmd.Flags().StringVar(&f.http, "http", defaultHTTP, "serve /healthz, /readyz, /metrics and the status page here; empty: nowhere")
 	f.tls.register(cmd)
+	f.nbdTLS.register(cmd.Flags())
 }
 
 // fronts are listeners that do not serve yet: opened first, so that a taken
@@ -49,6 +51,7 @@ func (f *frontFlags) register(cmd *cobra.Command) {
 type fronts struct {
 	nbd, api, http net.Listener // http may be nil
 	creds          credentials.TransportCredentials
+	access         nbdAccess
 }
 
 func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) {
@@ -57,6 +60,9 @@ func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) 
 		return nil, err
 	}
 	out := &fronts{creds: creds}
+	if out.access, err = f.nbdTLS.access(); err != nil {
+		return nil, err
+	}
 	if out.nbd, err = nbd.Listen(ctx, f.nbd); err != nil {
 		return nil, addressError("--nbd", f.nbd, err)
 	}
@@ -132,7 +138,8 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	s.gateway = gateway.New(gateway.Options{Loop: s.loop, Log: slog.Default(), Storage: s.catalog.storage()})
 	parts.push("gateway", s.gateway.Close)
 
-	server := nbd.NewServer(exports{s.gateway}, nbd.Options{Log: slog.Default()})
+	access := cfg.fronts.access
+	server := nbd.NewServer(access.guard(exports{s.gateway}), nbd.Options{Log: slog.Default(), TLS: access.tls, RequireTLS: access.require})
 	serving := make(chan struct{})
 	go func() {
 		defer close(serving)
