@@ -78,7 +78,10 @@ func chaos(t *testing.T, seed uint64, steps int) uint64 {
 		case n < 94:
 			if gr := p.host.Group(g); gr != nil && !p.loop.Dead() {
 				p.checkpoint(g)
-				at := min(gr.SlowestMatch(), p.disks[g].checkpoint.applied.Index)
+				at := p.disks[g].checkpoint.applied.Index
+				if r.IntN(3) > 0 {
+					at = min(at, gr.SlowestMatch())
+				}
 				p.loop.Post(func() { gr.Truncate(at, nil) })
 			}
 		case n < 97:

@@ -221,6 +221,7 @@ type process struct {
 	logs    map[block.GroupID]*log
 	states  map[block.GroupID]*machine
 	opened  int
+	copies  int // times that a replica was filled from another one's state
 	failed  []error
 }
 
@@ -276,20 +277,47 @@ func (p *process) start() {
 	p.loop.Post(func() {
 		p.host.Start()
 		for _, g := range c.groups {
-			d := p.disks[g]
-			m := d.checkpoint.clone()
-			p.logs[g], p.states[g] = newLog(p, d), &m
-			p.host.Open(raftgroup.GroupConfig{
-				Group: g, Replica: block.ReplicaID(p.id), Log: p.logs[g], State: p.states[g],
-				Failed: func(_ *raftgroup.Group, err error) { p.failed = append(p.failed, err) },
-			}, func(_ *raftgroup.Group, err error) {
-				if err != nil {
-					c.t.Errorf("node %d: %v", p.id, err)
-				}
-				p.opened++
-			})
+			p.logs[g] = newLog(p, p.disks[g])
+			p.open(g)
 		}
 	})
+}
+
+func (p *process) open(g block.GroupID) {
+	m := p.disks[g].checkpoint.clone()
+	p.states[g] = &m
+	p.host.Open(raftgroup.GroupConfig{
+		Group: g, Replica: block.ReplicaID(p.id), Log: p.logs[g], State: p.states[g],
+		Behind: func(gr *raftgroup.Group, leader block.NodeID, at raftgroup.EntryID) { p.copyFrom(gr, leader, at) },
+		Failed: func(_ *raftgroup.Group, err error) { p.failed = append(p.failed, err) },
+	}, func(_ *raftgroup.Group, err error) {
+		if err != nil {
+			p.c.t.Errorf("node %d: %v", p.id, err)
+		}
+		p.opened++
+	})
+}
+
+// copyFrom takes over the state of whoever has applied enough, after a while.
+func (p *process) copyFrom(gr *raftgroup.Group, leader block.NodeID, at raftgroup.EntryID) {
+	g := gr.ID()
+	if p.c.procs[leader-1].loop.Dead() {
+		p.c.t.Errorf("node %d is behind a leader that is dead", p.id)
+	}
+	gr.Close()
+	p.copies++
+	var try func()
+	try = func() {
+		for _, q := range p.c.procs {
+			if q != p && !q.loop.Dead() && q.states[g] != nil && q.states[g].applied.Index >= at.Index {
+				p.disks[g].checkpoint = q.states[g].clone()
+				p.open(g)
+				return
+			}
+		}
+		p.loop.After(100*time.Millisecond, try)
+	}
+	p.loop.After(time.Duration(p.loop.Rand().IntN(3000))*time.Millisecond, try)
 }
 
 func logf(t testing.TB, id block.NodeID) func(string, ...any) {

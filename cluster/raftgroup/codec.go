@@ -16,7 +16,9 @@ import (
 // commit, reject hint, length of context, context, number of entries; per
 // entry term, flags, length of data, data. Entry i has index + 1 + i. The
 // message's payload buffers belong, in order, to the entries with the payload
-// flag.
+// flag. In a snapshot index and log term are what the leader has applied, commit
+// is the end of what its log has forgotten, and nothing else is said: the state
+// itself travels another way (see Group.offer).
 //
 // TypeHeartbeat: version, then until the end of the header items of flags,
 // group, to, from, term, commit, slowest, and with the context flag 8 bytes.
@@ -38,7 +40,7 @@ const (
 // keeps them.
 func travels(t pb.MessageType) bool {
 	switch t {
-	case pb.MsgApp, pb.MsgAppResp, pb.MsgVote, pb.MsgVoteResp, pb.MsgPreVote, pb.MsgPreVoteResp, pb.MsgTimeoutNow:
+	case pb.MsgApp, pb.MsgAppResp, pb.MsgVote, pb.MsgVoteResp, pb.MsgPreVote, pb.MsgPreVoteResp, pb.MsgTimeoutNow, pb.MsgSnap:
 		return true
 	}
 	return false
@@ -144,7 +146,8 @@ func decodeMessage(p []byte) (group block.GroupID, m *pb.Message, withPayload []
 		return fail("does not hold what it claims")
 	}
 	if to == 0 || from == 0 || term == 0 || index > block.MaxRaftIndex || hint > block.MaxRaftIndex ||
-		commit > block.MaxRaftIndex || kind == pb.MsgApp && logTerm > term {
+		commit > block.MaxRaftIndex || (kind == pb.MsgApp || kind == pb.MsgSnap) && logTerm > term ||
+		kind == pb.MsgSnap && (index == 0 || commit > index) {
 		return fail("out of range")
 	}
 	m = &pb.Message{Type: kind.Enum(), To: &to, From: &from, Term: &term, LogTerm: &logTerm, Index: &index, Commit: &commit}

@@ -28,6 +28,7 @@ func messages() []*pb.Message {
 		{Type: pb.MsgApp.Enum(), To: u(2), From: u(1), Term: u(7), LogTerm: u(7), Index: u(104), Commit: u(104)},
 		{Type: pb.MsgAppResp.Enum(), To: u(1), From: u(2), Term: u(7), LogTerm: u(5), Index: u(100), Commit: u(0), Reject: &yes, RejectHint: u(80)},
 		{Type: pb.MsgVote.Enum(), To: u(3), From: u(1), Term: u(8), LogTerm: u(7), Index: u(104), Commit: u(0), Context: []byte("CampaignTransfer")},
+		{Type: pb.MsgSnap.Enum(), To: u(3), From: u(1), Term: u(8), LogTerm: u(7), Index: u(104), Commit: u(90)},
 		{Type: pb.MsgTimeoutNow.Enum(), To: u(3), From: u(1), Term: u(8), LogTerm: u(0), Index: u(0), Commit: u(0)},
 	}
 }

@@ -56,8 +56,10 @@ type Group struct {
 	askReads  []read // of this turn
 
 	followers []*follower
+	routes    map[block.ReplicaID]block.NodeID // of senders that the conf does not know
 	windows   []*window
 	loading   bool
+	loadsFor  uint64 // the entry that Raft was told to be compacted because it is being read; 0: none
 	readError error
 }
 
@@ -113,11 +115,11 @@ func (g *Group) Leader() (node block.NodeID, replica block.ReplicaID, ok bool) {
 	return node, g.lead, ok
 }
 
-// SlowestMatch is the highest index that all members are known to hold
-// durably, as leaders have told. What all hold is committed and stays so: it
+// SlowestMatch is the highest index that all members hold durably, as leaders
+// have told, or that was truncated regardless of those that did not. It
 // never falls, though a new leader has to learn it again, and may have to from
-// members whose disks are too full to answer before they have truncated. Truncation within the log's
-// cap stays at or below it (L7).
+// members whose disks are too full to answer before they have truncated.
+// Truncation within the log's cap stays at or below it (L7).
 func (g *Group) SlowestMatch() uint64 { return g.slowest }
 
 // Progress is what a leader knows of one member.
@@ -126,7 +128,8 @@ type Progress struct {
 	Match  uint64
 	// Active says that it was heard within the last election time-out.
 	Active bool
-	// NeedsCopy says that the log no longer reaches back to what it needs.
+	// NeedsCopy says that the log no longer reaches back to what it needs: it is
+	// filled from a view of the state (GroupConfig.Behind), then from the log.
 	NeedsCopy bool
 }
 
@@ -139,7 +142,8 @@ func (g *Group) Progress() []Progress {
 	var ps []Progress
 	first := g.cfg.Log.FirstIndex()
 	g.raft.WithProgress(func(id uint64, _ raft.ProgressType, pr tracker.Progress) {
-		p := Progress{Match: pr.Match, Active: pr.RecentActive, NeedsCopy: pr.Match+1 < first && pr.Next < first}
+		p := Progress{Match: pr.Match, Active: pr.RecentActive,
+			NeedsCopy: pr.State == tracker.StateSnapshot || pr.Match+1 < first && pr.Next < first}
 		for _, m := range g.conf.Members {
 			if uint64(m.Replica) == id {
 				p.Member = m
@@ -355,6 +359,7 @@ func (g *Group) tick() {
 		return
 	}
 	g.raft.Tick()
+	g.watchOffers()
 	if g.raft.HasReady() {
 		g.host.mark(g)
 	}

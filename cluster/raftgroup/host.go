@@ -115,6 +115,7 @@ type Counters struct {
 	MessagesIn, MessagesOut  uint64
 	MessagesBad              uint64 // did not decode, or for a replica that is not here
 	Heartbeats               uint64 // messages, each of many groups
+	Offers                   uint64 // to followers that the log no longer reaches
 	WindowReads              uint64 // reads of the log for followers
 	ReadErrors               uint64
 	SlowDiskTicks            uint64 // ticks at which a disk was found slow
@@ -318,9 +319,9 @@ func (h *Host) Receive(from block.NodeID, m transport.Message) {
 	h.counters.MessagesIn++
 	switch m.Type {
 	case transport.TypeRaft:
-		h.receiveRaft(m)
+		h.receiveRaft(from, m)
 	case transport.TypeHeartbeat:
-		h.receiveBeats(m)
+		h.receiveBeats(from, m)
 		m.Release()
 	default:
 		h.counters.MessagesBad++

@@ -16,7 +16,7 @@ func (h *Host) target(group block.GroupID, m *pb.Message) *Group {
 	return g
 }
 
-func (h *Host) receiveRaft(msg transport.Message) {
+func (h *Host) receiveRaft(from block.NodeID, msg transport.Message) {
 	group, m, withPayload, err := decodeMessage(msg.Header)
 	var g *Group
 	if err == nil {
@@ -27,6 +27,7 @@ func (h *Host) receiveRaft(msg transport.Message) {
 		msg.Release()
 		return
 	}
+	g.learn(from, block.ReplicaID(m.GetFrom()))
 	switch m.GetType() {
 	case pb.MsgApp:
 		err = g.stage(m, withPayload, msg)
@@ -38,6 +39,10 @@ func (h *Host) receiveRaft(msg transport.Message) {
 	case pb.MsgAppResp:
 		msg.Release()
 		g.acknowledged(m)
+	case pb.MsgSnap:
+		msg.Release()
+		g.offered(m)
+		return
 	default:
 		msg.Release()
 	}
@@ -88,13 +93,14 @@ func (g *Group) stage(m *pb.Message, withPayload []bool, msg transport.Message) 
 	return nil
 }
 
-func (h *Host) receiveBeats(msg transport.Message) {
+func (h *Host) receiveBeats(from block.NodeID, msg transport.Message) {
 	err := decodeBeats(msg.Header, func(b beat) {
 		g := h.target(b.group, b.message)
 		if g == nil {
 			h.counters.MessagesBad++
 			return
 		}
+		g.learn(from, block.ReplicaID(b.message.GetFrom()))
 		if b.message.GetType() == pb.MsgHeartbeat {
 			// A leader tells no follower of a commit beyond what that follower
 			// acknowledged: then entries that were durable here are gone.

@@ -33,6 +33,9 @@ type follower struct {
 	queue   []*pb.Message
 	sent    []sentAppend
 	waiting bool // in lane.waiting
+	// offered is the tick at which it was told that the log no longer reaches
+	// back to it; 0 if it was not.
+	offered uint64
 }
 
 type sentAppend struct {
@@ -69,7 +72,7 @@ func (g *Group) send(m *pb.Message) {
 	class := transport.Data
 	switch m.GetType() {
 	case pb.MsgHeartbeat, pb.MsgHeartbeatResp:
-		if node, ok := g.conf.NodeOf(to); ok {
+		if node, ok := g.nodeOf(to); ok {
 			g.beat(g.host.laneOf(node), m)
 		}
 		return
@@ -82,11 +85,14 @@ func (g *Group) send(m *pb.Message) {
 	case pb.MsgVote, pb.MsgVoteResp, pb.MsgPreVote, pb.MsgPreVoteResp, pb.MsgTimeoutNow:
 		class = transport.Control
 	case pb.MsgAppResp:
+	case pb.MsgSnap:
+		g.offer(m)
+		return
 	default:
-		// Forwarded proposals and reads, and snapshots, are not used.
+		// Forwarded proposals and reads are not used.
 		return
 	}
-	if node, ok := g.conf.NodeOf(to); ok {
+	if node, ok := g.nodeOf(to); ok {
 		g.host.post(node, class, transport.Message{Type: transport.TypeRaft, Header: appendMessage(nil, g.cfg.Group, m)})
 	}
 }

@@ -121,6 +121,13 @@ type GroupConfig struct {
 	// Changed, if set, is called after the leader that this replica knows of,
 	// or the replica's own role, has changed.
 	Changed func(*Group)
+	// Behind, if set, is called on a follower whose next entries the leader's log
+	// has forgotten, until it has caught up: every second or two. at is what the
+	// leader had applied; the state of any replica that has applied so much or
+	// more will do. The owner closes the group, brings state and log to where
+	// another replica is, and opens it again; or it lets the offer pass. The log
+	// needs nothing: opening empties one that ends below what is applied (L6).
+	Behind func(g *Group, leader block.NodeID, at EntryID)
 	// Failed, if set, is called once when the replica halts: its log failed, its
 	// state machine refused an entry, or its log is damaged. Nothing more is
 	// done with the replica, until it is closed.

@@ -145,7 +145,7 @@ func (r *recovery) take(ents []LogEntry) {
 func (r *recovery) run() {
 	g := r.g
 	g.commit, g.stable, g.written = g.hard.Commit, r.last, g.cfg.Log.HardState()
-	g.slowest = g.cfg.Log.FirstIndex() - 1 // or it would not have been truncated
+	g.slowest = g.cfg.Log.FirstIndex() - 1 // nobody gets from this log what it has not
 	if len(g.tail.ents) == 0 {
 		g.tail.first = r.last + 1
 	}

@@ -150,6 +150,7 @@ func (s storage) Entries(lo, hi, maxSize uint64) ([]*pb.Entry, error) {
 		return collect(w.ents[lo-w.first:], hi, maxSize), nil
 	}
 	g.load(lo)
+	g.loadsFor = lo
 	return nil, raft.ErrCompacted
 }
 
@@ -204,12 +205,6 @@ func (g *Group) lastIndex() uint64 {
 
 // FirstIndex implements raft.Storage.
 func (s storage) FirstIndex() (uint64, error) { return s.g.cfg.Log.FirstIndex(), nil }
-
-// Snapshot implements raft.Storage. A follower that needs what the log no
-// longer has waits: it is filled from chunk tables, not through Raft.
-func (s storage) Snapshot() (*pb.Snapshot, error) {
-	return nil, raft.ErrSnapshotTemporarilyUnavailable
-}
 
 // window is a part of the log that was read back, with payloads.
 type window struct {
