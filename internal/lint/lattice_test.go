@@ -48,9 +48,15 @@ var lattice = map[string][]string{
 	"nbd/client": {"internal/...", "nbd/wire"},
 	"nbd/...":    {"internal/...", "nbd", "nbd/wire", "nbd/client"},
 
-	"cmd/firn": {"internal/...", "cluster/...", "gateway", "nbd/..."},
-	"test/...": {"internal/...", "cluster/...", "gateway", "nbd/...", "test/..."},
-	"bench":    {"internal/...", "cluster/...", "gateway", "nbd/...", "test/..."},
+	"iscsi":      {"internal/...", "iscsi/pdu", "iscsi/scsi"},
+	"iscsi/pdu":  {},
+	"iscsi/scsi": {"internal/..."},
+
+	"deploy/etcd": {},
+
+	"cmd/firn": {"internal/...", "cluster/...", "gateway", "nbd/...", "iscsi/..."},
+	"test/...": {"internal/...", "cluster/...", "gateway", "nbd/...", "iscsi/...", "test/..."},
+	"bench":    {"internal/...", "cluster/...", "gateway", "nbd/...", "iscsi/...", "test/..."},
 }
 
 // frontends and storage must not know one another, tests included: what joins
@@ -63,7 +69,7 @@ var owners = map[string][]string{
 	"go.etcd.io/raft/v3":                {"cluster/raftgroup"},
 	"go.etcd.io/etcd/client/v3":         {"cluster/meta"},
 	"go.etcd.io/etcd/api/v3":            {"cluster/meta"},
-	"go.etcd.io/etcd/server/v3":         {"cmd/firn", "cluster/meta"},
+	"go.etcd.io/etcd/server/v3":         {"cmd/firn", "cluster/meta", "deploy/etcd"},
 	"github.com/cockroachdb/pebble":     {"cluster/index/pebblestore", "internal/vfs/pebblefs"},
 	"github.com/spf13/cobra":            {"cmd/firn"},
 	"github.com/spf13/pflag":            {"cmd/firn"},

@@ -47,7 +47,7 @@ func never(*file) bool { return false }
 // processes, or to set a socket's deadline, which only the calendar clock does.
 func measures(f *file) bool {
 	return f.test || top(f.dir) == "test" || f.dir == "bench" || f.dir == "cmd/firn" ||
-		strings.HasPrefix(path.Base(f.path), "shell") || f.dir == "nbd" || f.dir == "nbd/client"
+		strings.HasPrefix(path.Base(f.path), "shell") || f.dir == "nbd" || f.dir == "nbd/client" || f.dir == "iscsi"
 }
 
 func TestBannedCalls(t *testing.T) {

@@ -146,7 +146,7 @@ type tool struct{ program, debian string }
 var needed = []tool{
 	{"nbdinfo", "libnbd-bin"}, {"nbdcopy", "libnbd-bin"}, {"nbdfuse", "libnbd-bin"}, {"qemu-img", "qemu-utils"}, {"qemu-io", "qemu-utils"},
 	{"fio", "fio"}, {"nbdkit", "nbdkit"}, {"mkfs.ext4", "e2fsprogs"}, {"mkfs.xfs", "xfsprogs"}, {"etcd", "etcd-server"},
-	{"fusermount3", "fuse3"}, {"losetup", "mount"},
+	{"fusermount3", "fuse3"}, {"losetup", "mount"}, {"dockerd", "docker.io"}, {"docker-compose", "docker-compose"}, {"iscsi-test-cu", "libiscsi-bin"},
 	{"qemu-system-x86_64", "qemu-system-x86"}, {"busybox", "busybox-static"}, {"nbd-client", "nbd-client"}, {"blkdiscard", "util-linux"},
 }
 
