@@ -141,6 +141,7 @@ func (db *DB) LiveTotal() int64 { return db.live.total }
 type Job struct {
 	run    func() error
 	finish func()
+	failed func() // may be nil; what to do instead of finish after an error
 	err    error
 }
 
@@ -150,8 +151,11 @@ func (j *Job) Run() { j.err = j.run() }
 // Finish takes the result over and returns Run's error, which is final for the
 // disk (L8).
 func (j *Job) Finish() error {
-	if j.err == nil {
+	switch {
+	case j.err == nil:
 		j.finish()
+	case j.failed != nil:
+		j.failed()
 	}
 	return j.err
 }

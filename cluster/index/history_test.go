@@ -59,7 +59,13 @@ type machine struct {
 	flush  *step
 	reads  []*pendingRead
 	// versions seen since the last crash.
-	versions    map[string]block.Version
+	versions map[string]block.Version
+	// away: the second replica has had the first caught entries only, and comes
+	// back by a copy.
+	away        bool
+	caught      int
+	copying     *copying
+	copies      int
 	generations bool // generations rise and are retained
 	shrunk      bool // retention shrank, by a list or a deletion: live bits may be more than needed
 }
@@ -105,7 +111,7 @@ func (m *machine) open() {
 		}
 		for {
 			at, _ := r.Applied()
-			if int(at-firstIndex) == len(m.log) {
+			if _, mixed := r.Installing(); mixed || int(at-firstIndex) >= m.delivered(i) {
 				break
 			}
 			m.applyTo(i, int(at-firstIndex))
@@ -141,7 +147,7 @@ func (m *machine) newSegment() {
 			}
 		}
 	}
-	for s := seglog.SegmentID(1); s <= m.last && len(m.reads) == 0; s++ {
+	for s := seglog.SegmentID(1); s <= m.last && len(m.reads) == 0 && m.copying == nil; s++ {
 		if !used[s] && m.db.LiveBlocks(s) == 0 {
 			m.next = seglog.Location{Segment: s}
 			return
@@ -168,12 +174,10 @@ func (m *machine) propose(e entry) {
 	m.log = append(m.log, e)
 	n := len(m.log) - 1
 	for i := range m.keys {
-		var l seglog.Location
-		if e.cmd != nil && e.cmd.Type == wire.CmdWrite {
-			l = m.put(m.keys[i], e.cmd.Volume, int64(e.cmd.Chunk)*block.BlocksPerChunk+int64(e.cmd.Block), e.cmd.Generation,
-				block.MakeVersion(0, firstIndex+1+uint64(n)), e.cmd.CRCs)
+		m.places[i] = append(m.places[i], seglog.Location{})
+		if i == 0 || !m.away {
+			m.deliver(i, n)
 		}
-		m.places[i] = append(m.places[i], l)
 	}
 	want := wire.OutcomeApplied
 	if e.cmd != nil {
@@ -181,7 +185,7 @@ func (m *machine) propose(e entry) {
 	} else {
 		m.model.applied++
 	}
-	for i := range m.keys {
+	for i := range m.present() {
 		if got := m.applyTo(i, n); got != want {
 			m.t.Fatalf("entry %d: outcome %d, want %d: %+v", n, got, want, e.cmd)
 		}
@@ -339,7 +343,7 @@ func (m *machine) compare(p *pendingRead) {
 
 func (m *machine) read() {
 	t := m.t
-	p := &pendingRead{key: rapid.SampledFrom(m.keys[:]).Draw(t, "replica")}
+	p := &pendingRead{key: rapid.SampledFrom(m.present()).Draw(t, "replica")}
 	p.q.Volume = rapid.SampledFrom(volumeIDs[:2]).Draw(t, "volume")
 	p.q.Generation = rapid.SampledFrom(m.views(p.q.Volume)).Draw(t, "view")
 	p.q.Chunk = rapid.SampledFrom([]block.Chunk{0, 1, 2, 3, 4, 1023, 1024, 1030}).Draw(t, "chunk")
@@ -377,7 +381,7 @@ func (m *machine) finishReads() {
 }
 
 func (m *machine) start(i int, reap bool) {
-	if m.steps[i] != nil {
+	if m.steps[i] != nil || i == 1 && m.copying != nil && m.copying.job != nil {
 		return
 	}
 	r := m.db.Replica(m.keys[i])
@@ -469,7 +473,7 @@ func (m *machine) crash() {
 		durable[i] = m.db.Replica(key).DurablyApplied()
 		m.steps[i] = nil
 	}
-	m.reads, m.flush = nil, nil
+	m.reads, m.flush, m.copying = nil, nil, nil
 	m.store = m.store.Crash(rapid.IntRange(0, m.store.Unflushed()).Draw(m.t, "kept"))
 	m.versions = map[string]block.Version{}
 	// The log does not reach below what was durable.
@@ -492,8 +496,8 @@ func (m *machine) crash() {
 }
 
 func (m *machine) invariants() {
-	m.check(m.db.CheckLive(!m.shrunk))
-	for _, key := range m.keys {
+	m.check(m.db.CheckLive(!m.shrunk && m.copying == nil))
+	for _, key := range m.present() {
 		r := m.db.Replica(key)
 		for _, id := range volumeIDs[:2] {
 			v := m.model.volumes[id]
@@ -522,6 +526,9 @@ func (m *machine) invariants() {
 }
 
 func (m *machine) digests() {
+	if m.away {
+		return
+	}
 	a, err := m.db.Replica(m.keys[0]).Digest()
 	m.check(err)
 	b, err := m.db.Replica(m.keys[1]).Digest()
@@ -533,7 +540,7 @@ func (m *machine) digests() {
 
 // mapAll walks the map of a volume in small pieces and compares every block.
 func (m *machine) mapAll() {
-	key := rapid.SampledFrom(m.keys[:]).Draw(m.t, "replica")
+	key := rapid.SampledFrom(m.present()).Draw(m.t, "replica")
 	id := rapid.SampledFrom(volumeIDs[:2]).Draw(m.t, "volume")
 	q := index.MapQuery{Volume: id, Generation: rapid.SampledFrom(m.views(id)).Draw(m.t, "view"), To: 1100, Max: rapid.IntRange(1, 50).Draw(m.t, "max")}
 	data := map[int64]bool{}
@@ -572,7 +579,7 @@ func (m *machine) mapAll() {
 
 // readAll compares everything there is, in all views.
 func (m *machine) readAll() {
-	for _, key := range m.keys {
+	for _, key := range m.present() {
 		for _, id := range volumeIDs[:2] {
 			for _, g := range m.views(id) {
 				for _, c := range []block.Chunk{0, 1, 2, 3, 1023, 1024, 1030} {
@@ -635,12 +642,16 @@ func history(t *rapid.T, generations bool) {
 		}),
 		"collect": with(func(*rapid.T) { m.collect() }),
 		"retain":  with(func(*rapid.T) { m.retain() }),
+		"leave":   with(func(*rapid.T) { m.leave() }),
+		"copy":    with(func(*rapid.T) { m.copyStep() }),
+		"copy2":   with(func(t *rapid.T) { m.copySome(rapid.IntRange(1, 30).Draw(t, "steps")) }),
 		"crash":   with(func(*rapid.T) { m.crash() }),
 		"digest":  with(func(*rapid.T) { m.digests() }),
 		"":        with(func(*rapid.T) { m.invariants() }),
 	})
 	m.t = t
 	m.finishReads()
+	m.copyAll()
 	m.readAll()
 	m.settle()
 	m.readAll()

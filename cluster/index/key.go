@@ -23,6 +23,7 @@ const (
 	kindChunk  = 0x05 // volume number, chunk
 	kindLive   = 0x06 // segment, its generation
 	kindUsage  = 0x07 // volume number
+	kindCopy   = 0x08
 	kindExtent = 0x10 // volume number, chunk, block, ^generation, ^written
 )
 

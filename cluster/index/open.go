@@ -94,6 +94,11 @@ func (r *Replica) load() error {
 				v.record.VolumeValue = slices.Clone(value)
 				return nil
 			}
+		case kindCopy:
+			if len(key) == headLen {
+				r.installing, err = decodeInstalling(value)
+				return err
+			}
 		case kindLive:
 			return r.loadLive(key, value)
 		case kindMarker, kindChunk, kindUsage:
@@ -148,13 +153,9 @@ func (r *Replica) loadNumbered(v *volume, key, value []byte) error {
 			return corrupt("range marker", key)
 		}
 		s.written = written
-		for i := range v.markers.layers {
-			l := &v.markers.layers[i]
-			if j := len(l.spans); l.gen == g && j > 0 && l.spans[j-1].to > s.from {
-				return corrupt("range marker", key)
-			}
+		if err := v.loadMarker(g, s, key); err != nil {
+			return err
 		}
-		v.markers.add(g, s)
 		r.spans++
 	case kindChunk:
 		_, c, ok := decodeChunkKey(key)

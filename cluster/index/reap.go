@@ -38,7 +38,7 @@ type reaping struct {
 // there is nothing to reap, if a job of this replica is in flight, or if the
 // markers are not in a checkpoint yet.
 func (r *Replica) StartReap(extents int) *Job {
-	if r.busy || r.removed || r.spans == 0 {
+	if r.busy || r.removed || r.spans == 0 || r.installing != nil {
 		return nil
 	}
 	steps := r.nextReaping()

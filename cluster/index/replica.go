@@ -49,12 +49,14 @@ type Replica struct {
 	frozenBytes int64
 	spans       int // range markers of all volumes
 
-	busy      bool
-	removed   bool
-	catalog   bool // the store knows the replica
-	committed uint64
-	durable   uint64
-	deferred  []seglog.Move // wait for the job in flight
+	busy    bool
+	removed bool
+	// installing is set while the state is a mixture of two: see Copy.
+	installing *installing
+	catalog    bool // the store knows the replica
+	committed  uint64
+	durable    uint64
+	deferred   []seglog.Move // wait for the job in flight
 }
 
 func newReplica(db *DB, key seglog.ReplicaKey, local localID, g groupRecord) *Replica {
