@@ -51,7 +51,7 @@ func nbdkitArgs(addr string) []string {
 	return append(args, "memory", "1G")
 }
 
-func startServer(b *testing.B, network, env string, args func(string) []string) (addr string, pid int) {
+func startServer(b testing.TB, network, env string, args func(string) []string) (addr string, pid int) {
 	addr = "unix:" + filepath.Join(shortDir(b), "s")
 	if network == "tcp" {
 		l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -1,11 +1,13 @@
 package nbd_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/http"
 	_ "net/http/pprof"
 	"os"
+	"strconv"
 	"testing"
 
 	"firn.io/firn/internal/block/blocktest"
@@ -21,6 +23,12 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	}
 	dev := blocktest.New(blocktest.Options{Bytes: 1 << 30, Name: "vol", NoLending: os.Getenv("FIRN_NBD_TEST_NO_LENDING") != ""})
+	if step := os.Getenv("FIRN_NBD_TEST_STEP"); step != "" {
+		if err := fill(dev, step); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+	}
 	l, err := nbd.Listen(context.Background(), addr)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -32,6 +40,15 @@ func TestMain(m *testing.M) {
 	fmt.Println(nbd.URI(l.Addr(), "vol"))
 	fmt.Fprintln(os.Stderr, nbd.NewServer(nbd.Fixed{*nbd.DeviceExport(dev, nil)}, nbd.Options{}).Serve(l))
 	os.Exit(1)
+}
+
+// fill writes a block at each multiple of step below 64 MiB.
+func fill(dev *blocktest.Device, step string) error {
+	n, err := strconv.ParseInt(step, 10, 64)
+	for off := int64(0); off < 64<<20 && err == nil; off += n {
+		err = dev.WriteAt(context.Background(), bytes.Repeat([]byte{1}, 4096), off, 0)
+	}
+	return err
 }
 
 // shortDir is a temporary directory whose path fits a socket's name.

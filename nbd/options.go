@@ -11,7 +11,7 @@ import (
 // Options of a [Server]. Zero values are the defaults.
 //
 // The memory that clients can make a server hold is at most MaxConnections x
-// (about 2 MiB, of which 1 MiB is payload) + TotalBytes.
+// (about 2 MiB, of which 1 MiB is payload) + TotalBytes + 32 MiB.
 type Options struct {
 	// TLS, if set, lets clients start TLS (NBD_OPT_STARTTLS); RequireTLS lets
 	// them do nothing else before. tls.RequireAndVerifyClientCert asks for
@@ -35,9 +35,11 @@ type Options struct {
 	// TotalBytes bounds the payload in flight on all connections, beside the
 	// 1 MiB that each may always have. While clients that read no replies hold
 	// all of it, until StallTimeout, others go on within their 1 MiB. At least
-	// 64 MiB; 256 MiB.
+	// 64 MiB; 128 MiB.
 	TotalBytes int64
 	// Workers bounds the calls to a Backend in flight for one connection. 128.
+	// Twice as many requests may be in flight, their replies waiting to be
+	// written among them; then the server stops reading.
 	Workers int
 	// Now tells the time for deadlines on sockets. time.Now.
 	Now func() time.Time
@@ -73,7 +75,17 @@ const (
 	// gatherBytes of replies are written at once over TLS.
 	gatherBytes = 64 << 10
 
-	maxStates = 4096
+	// A block status answers maxStates extents, for which it pays statusBytes.
+	maxStates   = 2048
+	statusBytes = 128 << 10
+	// A request is put back with at most keptHead bytes of a reply's memory.
+	keptHead = 1 << 10
+	// maxErrorText bounds the text that an error chunk carries.
+	maxErrorText = 256
+
+	pageBytes    = 4 << 10
+	maxKeptPages = 32 << 20
+
 	// maxStatusPayload is the effect length and two contexts.
 	maxStatusPayload = 16
 	maxQueuedBytes   = 1 << 20
@@ -94,7 +106,7 @@ func (o Options) withDefaults() Options {
 	}
 	o.ConnectionBytes = max(o.ConnectionBytes, minBudget)
 	if o.TotalBytes <= 0 {
-		o.TotalBytes = 256 << 20
+		o.TotalBytes = 128 << 20
 	}
 	o.TotalBytes = max(o.TotalBytes, minBudget)
 	if o.Workers <= 0 {

@@ -28,6 +28,8 @@ type request struct {
 
 	head []byte
 	data bool
+	// charge pays for the memory of a reply that is neither small nor buffers.
+	charge charge
 }
 
 // piece is the part of a request that one call of the Backend does.
@@ -56,6 +58,12 @@ func newRequest(s *session, r wire.Request, n int) *request {
 	q.planned = n
 	q.pending.Store(int32(n))
 	return q
+}
+
+// errorText is what a client is told of an error.
+func errorText(err error) string {
+	text := err.Error()
+	return wire.Cut(text[:min(len(text), maxErrorText)])
 }
 
 func (q *request) to() wire.To { return q.s.to(q.Request) }
@@ -148,7 +156,7 @@ func (p *piece) sendChunk(err error) {
 		p.buf.free()
 		p.buf = nil
 		e := errnoOf(err, q.Command, q.Flags)
-		p.head = wire.AppendErrorOffset(p.head[:0], q.to(), false, e, err.Error(), uint64(p.off))
+		p.head = wire.AppendErrorOffset(p.head[:0], q.to(), false, e, errorText(err), uint64(p.off))
 	case allZero(p.buf.data()):
 		p.buf.free()
 		p.buf = nil
@@ -208,7 +216,7 @@ func (q *request) reply() {
 		case q.chunked:
 			q.head = wire.AppendNone(q.head[:0], q.to())
 		case structured:
-			q.head = wire.AppendError(q.head[:0], q.to(), e, q.err.Error())
+			q.head = wire.AppendError(q.head[:0], q.to(), e, errorText(q.err))
 		default:
 			q.head = wire.AppendSimpleReply(q.head[:0], q.Cookie, e)
 		}
@@ -275,7 +283,12 @@ func (q *request) sent() {
 		q.pieces[i].sent()
 	}
 	s := q.s
+	q.charge.release()
+	q.charge = charge{}
 	q.s, q.err, q.states = nil, nil, nil
+	if cap(q.head) > keptHead {
+		q.head = nil
+	}
 	requests.Put(q)
 	s.gate.leave()
 }

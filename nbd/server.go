@@ -449,7 +449,7 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 		batch:      newBatch(),
 		bytes:      newAllowance(c.s.bytes, opt.ConnectionBytes),
 		count:      &c.count,
-		gate:       gate{empty: make(chan struct{})},
+		gate:       newGate(2 * opt.Workers),
 		jobs:       make(chan *piece),
 		maxWorkers: opt.Workers,
 		watch:      watch{nc: c.nc, patience: opt.StallTimeout},

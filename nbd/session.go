@@ -47,24 +47,43 @@ type gate struct {
 	mu   sync.Mutex
 	in   int
 	shut atomic.Bool
+	// limit is how many may be in; room gets a value when the one goroutine
+	// that enters waits for there to be fewer.
+	limit   int
+	waiting bool
+	room    chan struct{}
 	// empty is closed once the gate is shut and all have left.
 	empty chan struct{}
 }
 
-func (g *gate) enter() bool {
+func newGate(limit int) gate {
+	return gate{limit: limit, room: make(chan struct{}, 1), empty: make(chan struct{})}
+}
+
+// enter tells whether the request is in, or else whether the gate is full; then
+// room tells when to try again.
+func (g *gate) enter() (in, full bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.shut.Load() {
-		return false
+	switch {
+	case g.shut.Load():
+		return false, false
+	case g.in >= g.limit:
+		g.waiting = true
+		return false, true
 	}
 	g.in++
-	return true
+	return true, false
 }
 
 func (g *gate) leave() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.in--
+	if g.waiting {
+		g.waiting = false
+		g.room <- struct{}{}
+	}
 	if g.shut.Load() && g.in == 0 {
 		close(g.empty)
 	}
@@ -143,7 +162,9 @@ func (s *session) handle(r wire.Request) error {
 	if r.Command == wire.CmdRead && !s.gate.shut.Load() && s.lend(r) {
 		return nil
 	}
-	if !s.gate.enter() {
+	if in, err := s.enter(); err != nil {
+		return err
+	} else if !in {
 		if err := s.skipPayload(r); err != nil {
 			return err
 		}
@@ -158,7 +179,41 @@ func (s *session) handle(r wire.Request) error {
 		return s.write(r)
 	}
 	q := newRequest(s, r, 1)
+	if r.Command == wire.CmdBlockStatus {
+		var err error
+		if q.charge, err = s.take(statusBytes); err != nil {
+			return s.abandon(q, err)
+		}
+	}
 	return s.dispatch(q.add(int64(r.Offset), 0, nil))
+}
+
+// enter goes through the gate. While it is full it waits; before that it writes
+// what is ready.
+func (s *session) enter() (in bool, err error) {
+	in, full := s.gate.enter()
+	if !full {
+		return in, nil
+	}
+	if err := s.flush(); err != nil {
+		return false, err
+	}
+	s.watch.reset()
+	defer s.watch.stop()
+	for {
+		select {
+		case <-s.gate.room:
+			if in, full = s.gate.enter(); !full {
+				return in, nil
+			}
+		case <-s.ctx.Done():
+			return false, s.ctx.Err()
+		case <-s.watch.tick():
+			if s.watch.left() {
+				s.cancel()
+			}
+		}
+	}
 }
 
 // hasPayload tells whether Length bytes of payload follow r. A write has them
