@@ -2,7 +2,7 @@
 
 export PATH := $(PATH):$(shell go env GOPATH)/bin
 .DEFAULT_GOAL := help
-.PHONY: help build check test test-long sim fuzz bench proto fmt
+.PHONY: help build check test test-long sim fuzz bench images proto fmt
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -27,6 +27,12 @@ fuzz: ## Every fuzz target, a million inputs each
 
 bench: ## Measure side by side with nbdkit and qemu-nbd; see docs/benchmarks.md
 	go run ./bench
+
+images: ## Build the images of docker-compose.yml; needs no registry
+	mkdir -p dist/empty
+	CGO_ENABLED=0 go build -ldflags "-s -w" -o dist/firn ./cmd/firn
+	CGO_ENABLED=0 go build -ldflags "-s -w" -o dist/etcd ./deploy/etcd
+	DOCKER_BUILDKIT=0 docker-compose build
 
 proto: ## Generate the admin API's code
 	go install google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.12

@@ -328,12 +328,18 @@ func (a *Attachment) Close(done func(error)) {
 	c.releaseOwner(a.vol.ID, a.owner.Nonce, 0, done)
 }
 
-// releaseTries bounds the attempts to remove an owner key.
+// releaseTries bounds the attempts to remove an owner key. None is made while
+// the store does not answer: the key ends with its lease.
 const releaseTries = 3
 
 func (c *Client) releaseOwner(id block.VolumeID, nonce block.Nonce, tries int, done func(error)) {
 	var err error
 	ctx := c.ctx
+	if c.session.Failing() {
+		err := block.Errorf(block.Unavailable, "the metadata store does not answer")
+		c.loop.Post(func() { done(err) })
+		return
+	}
 	c.loop.Do(loop.Meta, func() { err = meta.ReleaseOwner(ctx, c.cfg.Store, id, nonce) }, func() {
 		if err == nil || tries+1 >= releaseTries || ctx.Err() != nil {
 			done(err)

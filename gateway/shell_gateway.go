@@ -317,14 +317,21 @@ func (g *Gateway) Close(ctx context.Context) error {
 		all = append(all, o)
 	}
 	g.mu.Unlock()
-	var err error
+	// All at once: another gateway may wait for each of them.
+	answers := make(chan error, len(all))
 	for _, o := range all {
-		select {
-		case <-o.ready:
-			err = first(err, g.detach(ctx, o))
-		case <-ctx.Done():
-			err = first(err, canceled(ctx))
-		}
+		go func() {
+			select {
+			case <-o.ready:
+				answers <- g.detach(ctx, o)
+			case <-ctx.Done():
+				answers <- canceled(ctx)
+			}
+		}()
+	}
+	var err error
+	for range all {
+		err = first(err, <-answers)
 	}
 	return err
 }

@@ -42,6 +42,7 @@ type Session struct {
 	sent    clock.Instant // of the newest keep-alive, or grant, that was answered
 	running bool
 	busy    bool // a call is in flight
+	failing bool // the last call was not answered
 	timer   loop.Timer
 }
 
@@ -71,8 +72,13 @@ func (s *Session) ValidUntil() clock.Instant {
 // Valid tells whether the lease surely still stands.
 func (s *Session) Valid() bool { return s.loop.Now() < s.ValidUntil() }
 
+// Failing tells whether the store did not answer the session's last call: what
+// is asked of it now will most likely have to wait.
+func (s *Session) Failing() bool { return s.failing }
+
 // Stop ends the session and revokes its lease; done is called when the store
-// has answered, or after an error, with which the lease ends by itself.
+// has answered, or after an error, with which the lease ends by itself. A store
+// that does not answer anyway is not waited for.
 func (s *Session) Stop(done func(error)) {
 	s.running = false
 	if s.timer != nil {
@@ -80,11 +86,14 @@ func (s *Session) Stop(done func(error)) {
 	}
 	lease := s.lease
 	s.lease = 0
-	if lease == 0 {
-		s.loop.Post(func() { done(nil) })
+	if lease != 0 && !s.failing {
+		s.revoke(lease, done)
 		return
 	}
-	s.revoke(lease, done)
+	if lease != 0 {
+		s.revoke(lease, func(error) {})
+	}
+	s.loop.Post(func() { done(nil) })
 }
 
 func (s *Session) revoke(lease LeaseID, done func(error)) {
@@ -109,7 +118,7 @@ func (s *Session) grant() {
 	var id LeaseID
 	var err error
 	s.loop.Do(loop.Meta, func() { id, err = s.store.Grant(s.ctx, s.ttl) }, func() {
-		s.busy = false
+		s.busy, s.failing = false, err != nil
 		switch {
 		case err != nil:
 			s.later(s.ttl / 6)
@@ -127,7 +136,7 @@ func (s *Session) keepAlive() {
 	sent, id := s.loop.Now(), s.lease
 	var err error
 	s.loop.Do(loop.Meta, func() { err = s.store.KeepAlive(s.ctx, id) }, func() {
-		s.busy = false
+		s.busy, s.failing = false, err != nil && block.KindOf(err) != block.NotFound
 		switch {
 		case !s.running:
 		case err == nil:

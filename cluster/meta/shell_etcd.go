@@ -245,9 +245,9 @@ func (e *Etcd) KeepAlive(ctx context.Context, id LeaseID) error {
 	return nil
 }
 
-// Revoke implements Store.
+// Revoke implements Store. It is not waited for long: the lease ends anyway.
 func (e *Etcd) Revoke(ctx context.Context, id LeaseID) error {
-	c, cancel := context.WithTimeout(ctx, etcdCallTime)
+	c, cancel := context.WithTimeout(ctx, etcdKeepAliveTime)
 	defer cancel()
 	if _, err := e.client.Revoke(c, clientv3.LeaseID(id)); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		return e.fail(ctx, err, "revoke a lease")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -114,13 +115,9 @@ func (a adminAPI) Status(ctx context.Context, _ *clusterpb.StatusRequest) (*clus
 // Health implements clusterpb.AdminServer. It answers with what is wrong also
 // when etcd is away: that is when it is asked.
 func (a adminAPI) Health(ctx context.Context, _ *clusterpb.HealthRequest) (*clusterpb.HealthResponse, error) {
-	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-	defer cancel()
 	s, err := a.status(ctx)
 	if err != nil {
-		return &clusterpb.HealthResponse{Problems: []*clusterpb.Problem{{
-			Severity: "error", What: err.Error(), Remedy: "attached volumes go on; attaching and changing volumes waits until etcd answers",
-		}}}, nil
+		return nil, err
 	}
 	h := &clusterpb.HealthResponse{Healthy: true, Problems: s.Problems}
 	for _, p := range s.Problems {
@@ -212,8 +209,37 @@ func (s *served) nodes(ctx context.Context) ([]*clusterpb.Node, error) {
 	return out, nil
 }
 
+// status tells what etcd knows or, while it does not answer, what this gateway
+// has attached, and that.
 func (s *served) status(ctx context.Context) (*clusterpb.StatusResponse, error) {
-	st := &clusterpb.StatusResponse{ClusterId: s.cluster.String(), Version: version(), Gateway: s.id, NbdAddr: s.nbdAddr}
+	asking, cancel := context.WithTimeout(ctx, statusTime)
+	defer cancel()
+	st, err := s.statusOfCluster(asking)
+	if err == nil || block.KindOf(err) != block.Unavailable {
+		return st, err
+	}
+	st = s.statusHere()
+	st.Problems = append(st.Problems, &clusterpb.Problem{
+		Severity: "error", What: err.Error(), Remedy: "attached volumes go on; attaching and changing volumes waits until etcd answers",
+	})
+	for _, o := range s.gateway.Volumes() {
+		g := o.Geometry
+		st.Volumes = append(st.Volumes, &clusterpb.Volume{Name: g.Name, Id: g.ID.String(), SizeBytes: g.SizeBytes, BlockSize: uint32(g.LogicalBlockBytes),
+			ReadOnly: g.ReadOnly, State: string(meta.Ready), AttachedTo: s.id, Clients: uint32(o.Clients)})
+	}
+	return st, nil
+}
+
+// statusTime bounds what etcd is asked for a status, so that its absence is told
+// before whoever asked has given up.
+const statusTime = 2 * time.Second
+
+func (s *served) statusHere() *clusterpb.StatusResponse {
+	return &clusterpb.StatusResponse{ClusterId: s.cluster.String(), Version: version(), Gateway: s.id, NbdAddr: s.nbdAddr}
+}
+
+func (s *served) statusOfCluster(ctx context.Context) (*clusterpb.StatusResponse, error) {
+	st := s.statusHere()
 	var err error
 	if st.Nodes, err = s.nodes(ctx); err != nil {
 		return nil, err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,19 +29,21 @@ import (
 const (
 	defaultNBD  = "127.0.0.1:10809"
 	defaultHTTP = "127.0.0.1:7480"
-	etcdUsage   = "etcd endpoints, separated by commas"
 )
 
 // frontFlags are the addresses that a gateway serves on.
 type frontFlags struct {
-	nbd, api, http string
-	tls            tlsFlags
-	nbdTLS         nbdTLSFlags
+	nbd, api, http          string
+	advertise, advertiseNBD string
+	tls                     tlsFlags
+	nbdTLS                  nbdTLSFlags
 }
 
 func (f *frontFlags) register(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.nbd, "nbd", defaultNBD, "serve NBD here: HOST:PORT or unix:PATH")
 	cmd.Flags().StringVar(&f.api, "api", defaultAPI, "serve the admin API here")
+	cmd.Flags().StringVar(&f.advertise, "advertise", "", "HOST:PORT that other gateways reach --api at, if it differs")
+	cmd.Flags().StringVar(&f.advertiseNBD, "advertise-nbd", "", "HOST:PORT that clients reach --nbd at, if it differs")
 	cmd.Flags().StringVar(&f.http, "http", defaultHTTP, "serve /healthz, /readyz, /metrics and the status page here; empty: nowhere")
 	f.tls.register(cmd)
 	f.nbdTLS.register(cmd.Flags())
@@ -52,6 +55,9 @@ type fronts struct {
 	nbd, api, http net.Listener // http may be nil
 	creds          credentials.TransportCredentials
 	access         nbdAccess
+	// apiAddr and nbdAddr are where others reach api and nbd.
+	apiAddr, nbdAddr string
+	page             *observed
 }
 
 func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) {
@@ -71,13 +77,9 @@ func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) 
 		return nil, err
 	}
 	parts.push("API listener", closing(out.api))
-	if f.http != "" {
-		if out.http, err = listen("--http", f.http); err != nil {
-			return nil, err
-		}
-		parts.push("HTTP listener", closing(out.http))
-	}
-	return out, nil
+	out.apiAddr, out.nbdAddr = cmp.Or(f.advertise, out.api.Addr().String()), cmp.Or(f.advertiseNBD, out.nbd.Addr().String())
+	out.http, out.page, err = openHTTP(f.http, parts)
+	return out, err
 }
 
 // closing closes a listener that its server may have closed already.
@@ -100,6 +102,10 @@ type served struct {
 	loop    *loop.System
 	catalog *catalog
 	gateway *gateway.Gateway
+	nbd     *nbd.Server
+	yielded yielded
+	// creds are for the API, in both directions.
+	creds credentials.TransportCredentials
 }
 
 // gatewayConfig is what a gateway is started with.
@@ -123,7 +129,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	if err != nil {
 		return nil, err
 	}
-	s := &served{id: cfg.id, cluster: cfg.cluster, store: cfg.store, nbdAddr: cfg.fronts.nbd.Addr().String()}
+	s := &served{id: cfg.id, cluster: cfg.cluster, store: cfg.store, nbdAddr: cfg.fronts.nbdAddr, creds: cfg.fronts.creds}
 	s.loop = loop.NewSystem(clock.System{}, loop.DefaultLimits)
 	parts.push("gateway's loop", func(context.Context) error { s.loop.Stop(); return nil })
 
@@ -132,14 +138,17 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	network := cfg.network(s.loop, transport.Identity{Hello: transport.Hello{Cluster: cfg.cluster, Session: session}}, "gateway")
 	client := startClient(ctx, "gateway's client", cluster.Config{
 		Loop: s.loop, Store: cfg.store, Network: network, Cluster: cfg.cluster, Log: slog.Default(), OwnerAddr: s.nbdAddr,
-		Gateway: meta.GatewayMeta{ID: cfg.id, Incarnation: session, Addr: cfg.fronts.api.Addr().String(), NBD: s.nbdAddr, Boot: boot, Folder: cfg.folder},
+		Gateway: meta.GatewayMeta{ID: cfg.id, Incarnation: session, Addr: cfg.fronts.apiAddr, NBD: s.nbdAddr, Boot: boot, Folder: cfg.folder},
 	}, parts)
 	s.catalog = &catalog{loop: s.loop, store: cfg.store, client: client}
-	s.gateway = gateway.New(gateway.Options{Loop: s.loop, Log: slog.Default(), Storage: s.catalog.storage()})
+	storage := s.catalog.storage()
+	storage.Attach = s.yielded.attach(storage.Attach)
+	s.gateway = gateway.New(gateway.Options{Loop: s.loop, Log: slog.Default(), Storage: storage})
 	parts.push("gateway", s.gateway.Close)
 
 	access := cfg.fronts.access
 	server := nbd.NewServer(access.guard(exports{s.gateway}), nbd.Options{Log: slog.Default(), TLS: access.tls, RequireTLS: access.require})
+	s.nbd = server
 	serving := make(chan struct{})
 	go func() {
 		defer close(serving)
@@ -155,20 +164,27 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	stopAPI := s.serveAPI(cfg.fronts.api, cfg.fronts.creds, failed)
 	parts.push("API", func(context.Context) error { stopAPI(); return nil })
 	cfg.metrics.MustRegister(gatewayMetrics(s.gateway, server))
-	if cfg.fronts.http != nil {
-		o := &observed{status: s.status, metrics: cfg.metrics, ready: func(ctx context.Context) error {
-			if _, err := meta.GetCluster(ctx, cfg.store); err != nil {
-				return err
-			}
-			if cfg.ready != nil {
-				return cfg.ready(ctx)
-			}
-			return nil
-		}}
-		stopHTTP := o.serveHTTP(cfg.fronts.http)
-		parts.push("HTTP", func(context.Context) error { stopHTTP(); return nil })
-	}
+	cfg.fronts.page.set(func(ctx context.Context) error {
+		err := s.ready(ctx)
+		if err == nil && cfg.ready != nil {
+			err = cfg.ready(ctx)
+		}
+		return err
+	}, s.status)
+	parts.push("readiness", func(context.Context) error { cfg.fronts.page.waitsFor("it is stopping"); return nil })
 	return s, nil
+}
+
+// ready tells why no volume can be attached here now, or nil.
+func (s *served) ready(ctx context.Context) error {
+	live, err := meta.ListLive(ctx, s.store)
+	switch {
+	case err != nil:
+		return err
+	case len(live) == 0:
+		return block.Errorf(block.Unavailable, "no storage node is up")
+	}
+	return s.registered(ctx)
 }
 
 // readyView is what a role prints with --json once it is ready.
@@ -229,7 +245,8 @@ func (f *fronts) write(w io.Writer, v readyView) {
 
 func newGateway(c *console) *cobra.Command {
 	var fronts frontFlags
-	var id, data, etcd, logLevel string
+	var id, data, logLevel string
+	var etcd etcdFlags
 	cmd := &cobra.Command{
 		Use: "gateway --id ID --data DIR --etcd URLS", Short: "Serve the cluster's volumes over NBD", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -256,7 +273,7 @@ func newGateway(c *console) *cobra.Command {
 				if err != nil {
 					return err
 				}
-				store, clusterID, err := openMeta(ctx, c, etcd, parts)
+				store, clusterID, err := etcd.open(ctx, c, listeners.page, parts)
 				if err != nil {
 					return err
 				}
@@ -265,7 +282,7 @@ func newGateway(c *console) *cobra.Command {
 					return err
 				}
 				s, err := openGateway(ctx, gatewayConfig{
-					id: id, cluster: clusterID, folder: folder, store: store, fronts: listeners, metrics: newMetrics(),
+					id: id, cluster: clusterID, folder: folder, store: store, fronts: listeners, metrics: listeners.page.metrics,
 					network: func(l loop.Loop, id transport.Identity, _ string) transport.Network {
 						return grpc.New(grpc.Options{Loop: l, Identity: id, ClientTLS: tls, ServerTLS: tls})
 					},
@@ -286,7 +303,7 @@ func newGateway(c *console) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&id, "id", "", "name of this gateway, unique in the cluster")
 	cmd.Flags().StringVar(&data, "data", "", "folder of this gateway's own")
-	cmd.Flags().StringVar(&etcd, "etcd", "", etcdUsage)
+	etcd.register(cmd.Flags())
 	fronts.register(cmd)
 	logFlag(cmd, &logLevel, "info")
 	return cmd
@@ -302,42 +319,27 @@ func required(cmd *cobra.Command, names ...string) error {
 	return nil
 }
 
-// openMeta connects to etcd and finds, or founds, the cluster.
-func openMeta(ctx context.Context, c *console, endpoints string, parts *stack) (meta.Store, block.ClusterID, error) {
-	ctx, cancel := context.WithTimeout(ctx, etcdTime)
-	defer cancel()
-	var store meta.Store
-	err := c.waiting(ctx, "waiting for etcd at "+endpoints, func(ctx context.Context) (err error) {
-		store, err = meta.OpenEtcd(ctx, meta.EtcdConfig{Endpoints: strings.Split(endpoints, ",")})
-		return err
-	})
-	if err != nil {
-		return nil, block.ClusterID{}, block.Wrap(block.KindOf(err), err, "no etcd within %v: start it, or correct --etcd", etcdTime)
-	}
-	parts.push("etcd client", func(context.Context) error { return store.Close() })
-	found, err := meta.InitCluster(ctx, store, block.NewUUID())
-	return store, found.ID, err
-}
-
 // awaitRegistered waits until the gateway is known under its id. Busy: another
 // process is, for longer than its lease would last without it.
 func (s *served) awaitRegistered(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, etcdTime)
+	ctx, cancel := context.WithTimeout(ctx, registerTime)
 	defer cancel()
-	return awaitReady(ctx, func(ctx context.Context) error {
-		all, err := meta.ListGateways(ctx, s.store)
-		if err != nil {
-			return err
+	return awaitReady(ctx, s.registered)
+}
+
+func (s *served) registered(ctx context.Context) error {
+	all, err := meta.ListGateways(ctx, s.store)
+	if err != nil {
+		return err
+	}
+	for _, g := range all {
+		switch {
+		case g.ID != s.id:
+		case g.Incarnation == s.session:
+			return nil
+		default:
+			return block.Errorf(block.Busy, "gateway %q is running already, at %s: give this one another --id, or stop that one", s.id, g.Addr)
 		}
-		for _, g := range all {
-			switch {
-			case g.ID != s.id:
-			case g.Incarnation == s.session:
-				return nil
-			default:
-				return block.Errorf(block.Busy, "gateway %q is running already, at %s: give this one another --id, or stop that one", s.id, g.Addr)
-			}
-		}
-		return block.Errorf(block.Unavailable, "gateway %q is not registered yet", s.id)
-	})
+	}
+	return block.Errorf(block.Unavailable, "gateway %q is not registered: it has no lease from etcd", s.id)
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -21,13 +22,51 @@ import (
 // probeTimeout bounds what a health check waits for.
 const probeTimeout = 3 * time.Second
 
-// observed is a role as its HTTP pages see it.
+// observed is a role as its HTTP pages see it, from before it is ready until
+// after it has stopped.
 type observed struct {
+	metrics *prometheus.Registry
+
+	mu sync.Mutex
 	// ready returns why the role cannot do its work now, or nil.
 	ready func(context.Context) error
 	// status is nil for roles without a status page.
-	status  func(context.Context) (*clusterpb.StatusResponse, error)
-	metrics *prometheus.Registry
+	status func(context.Context) (*clusterpb.StatusResponse, error)
+}
+
+func (o *observed) set(ready func(context.Context) error, status func(context.Context) (*clusterpb.StatusResponse, error)) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.ready, o.status = ready, status
+}
+
+// waitsFor says why the role is not ready.
+func (o *observed) waitsFor(format string, args ...any) {
+	err := block.Errorf(block.Unavailable, format, args...)
+	o.set(func(context.Context) error { return err }, nil)
+}
+
+func (o *observed) now() (ready func(context.Context) error, status func(context.Context) (*clusterpb.StatusResponse, error)) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.ready, o.status
+}
+
+// openHTTP serves the pages of a role that is just starting on addr, unless that
+// is empty, and pushes their end on parts.
+func openHTTP(addr string, parts *stack) (net.Listener, *observed, error) {
+	o := &observed{metrics: newMetrics()}
+	o.waitsFor("it is still starting")
+	if addr == "" {
+		return nil, o, nil
+	}
+	l, err := listen("--http", addr)
+	if err != nil {
+		return nil, nil, err
+	}
+	stop := o.serveHTTP(l)
+	parts.push("HTTP", func(context.Context) error { stop(); return nil })
+	return l, o, nil
 }
 
 func newMetrics() *prometheus.Registry {
@@ -44,16 +83,15 @@ func (o *observed) handler() http.Handler {
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
 		defer cancel()
-		if err := o.ready(ctx); err != nil {
+		ready, _ := o.now()
+		if err := ready(ctx); err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
 			return
 		}
 		w.Write([]byte("ok\n"))
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(o.metrics, promhttp.HandlerOpts{}))
-	if o.status != nil {
-		mux.HandleFunc("GET /{$}", o.page)
-	}
+	mux.HandleFunc("GET /{$}", o.page)
 	return mux
 }
 
@@ -74,9 +112,18 @@ th{font-weight:600;color:#5a6b78}.ok{color:#157347}.bad{color:#b02a37}small{colo
 func (o *observed) page(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
 	defer cancel()
-	s, err := o.status(ctx)
+	ready, status := o.now()
+	var s *clusterpb.StatusResponse
+	err := ready(ctx)
+	if status != nil {
+		s, err = status(ctx)
+	}
 	if err != nil {
-		http.Error(w, err.Error(), http.StatusServiceUnavailable)
+		http.Error(w, "not ready: "+err.Error(), http.StatusServiceUnavailable)
+		return
+	}
+	if s == nil {
+		w.Write([]byte("ready; see /metrics\n"))
 		return
 	}
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")

@@ -8,7 +8,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -39,7 +38,7 @@ func run(ctx context.Context, c *console, lookup func(string) (string, bool), ar
 	}
 	var quiet quietFailure
 	if !errors.As(err, &quiet) {
-		fmt.Fprintf(c.err, "firn: %v\n", err)
+		c.complain(err)
 	}
 	return exitCode(err)
 }
@@ -73,7 +72,7 @@ file of --config, a YAML map of flag names.`,
 	remote := &remote{console: c}
 	root.AddCommand(
 		newUp(c), newNode(c, remote), newGateway(c),
-		newVolume(remote), newStatus(remote), newHealth(remote), exitCodes(),
+		newVolume(remote), newAttach(c), newDetach(remote), newStatus(remote), newHealth(remote), exitCodes(),
 	)
 	usageIsInvalid(root)
 	return root

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -42,7 +41,8 @@ func parseDisk(text string) (node.DiskConfig, error) {
 func newNode(c *console, r *remote) *cobra.Command {
 	var id uint32
 	var disks []string
-	var etcd, listenAddr, advertise, http, zone, logLevel string
+	var etcd etcdFlags
+	var listenAddr, advertise, http, zone, logLevel string
 	var tls tlsFlags
 	cmd := &cobra.Command{
 		Use: "node --id ID --disk DIR[=SIZE]... --etcd URLS", Short: "Store replicas; `node ls` lists the nodes", Args: cobra.NoArgs,
@@ -72,15 +72,11 @@ func newNode(c *console, r *remote) *cobra.Command {
 				configs = append(configs, d)
 			}
 			return serveUntil(cmd.Context(), func(ctx context.Context, parts *stack, failed func(error)) error {
-				var web net.Listener
-				if http != "" {
-					if web, err = listen("--http", http); err != nil {
-						return err
-					}
-					parts.push("HTTP listener", closing(web))
+				web, page, err := openHTTP(http, parts)
+				if err != nil {
+					return err
 				}
-				metrics := newMetrics()
-				store, clusterID, err := openMeta(ctx, c, etcd, parts)
+				store, clusterID, err := etcd.open(ctx, c, page, parts)
 				if err != nil {
 					return err
 				}
@@ -89,18 +85,17 @@ func newNode(c *console, r *remote) *cobra.Command {
 				}
 				s, err := openStorage(ctx, storageConfig{
 					id: block.NodeID(id), cluster: clusterID, listen: listenAddr, advertise: advertise, zone: zone, disks: configs,
-					store: store, network: network, metrics: metrics,
+					store: store, network: network, metrics: page.metrics,
 				}, parts)
 				if err != nil {
 					return err
 				}
 				v := readyView{Ready: true, Cluster: clusterID.String(), Listen: s.node.Addr()}
 				if web != nil {
-					o := &observed{metrics: metrics, ready: s.ready}
-					stopHTTP := o.serveHTTP(web)
-					parts.push("HTTP", func(context.Context) error { stopHTTP(); return nil })
 					v.HTTP = web.Addr().String()
 				}
+				page.set(s.ready, nil)
+				parts.push("readiness", func(context.Context) error { page.waitsFor("it is stopping"); return nil })
 				starting, cancel := context.WithTimeout(ctx, startTime)
 				defer cancel()
 				if err := c.waiting(starting, "starting", s.awaitReady); err != nil {
@@ -115,7 +110,7 @@ func newNode(c *console, r *remote) *cobra.Command {
 	f := cmd.Flags()
 	f.Uint32Var(&id, "id", 0, "number of this node, unique in the cluster and always the same")
 	f.StringArrayVar(&disks, "disk", nil, "folder on a disk of its own, and how much of it to fill (default all); may be repeated")
-	f.StringVar(&etcd, "etcd", "", etcdUsage)
+	etcd.register(f)
 	f.StringVar(&listenAddr, "listen", defaultListen, "serve nodes and gateways here")
 	f.StringVar(&advertise, "advertise", "", "address that others reach --listen at, if it differs")
 	f.StringVar(&http, "http", defaultNodeHTTP, "serve /healthz, /readyz and /metrics here; empty: nowhere")

@@ -47,6 +47,26 @@ func (c *console) print(v any, text func(w io.Writer)) error {
 	return e.Encode(v)
 }
 
+// errorView is an error with --json, on standard error. Kind is a word for what
+// the exit status says in a number.
+type errorView struct {
+	Error string `json:"error"`
+	Kind  string `json:"kind"`
+	Exit  int    `json:"exit"`
+}
+
+// complain shows the error that ends a command.
+func (c *console) complain(err error) {
+	if !c.json {
+		fmt.Fprintf(c.err, "firn: %v\n", err)
+		return
+	}
+	e := json.NewEncoder(c.err)
+	e.SetIndent("", "  ")
+	// A standard error that takes nothing cannot be told of anyway.
+	_ = e.Encode(errorView{err.Error(), block.KindOf(err).String(), exitCode(err)})
+}
+
 // ask returns whether a person at the terminal typed what was asked for.
 func (c *console) ask(question, want string) (bool, error) {
 	if !c.inTerminal {

@@ -22,8 +22,8 @@ import (
 const (
 	// startTime bounds what a role waits for until it is ready.
 	startTime = 30 * time.Second
-	// etcdTime bounds the first answer of etcd.
-	etcdTime = 10 * time.Second
+	// registerTime bounds a gateway's way into etcd once that answers.
+	registerTime = 10 * time.Second
 	// stopTime bounds an orderly stop; what is not done by then is left to the
 	// restart, which finds everything that was acknowledged.
 	stopTime = 20 * time.Second
@@ -46,7 +46,8 @@ func (s *stack) close(ctx context.Context) error {
 	for i := len(s.closers) - 1; i >= 0; i-- {
 		if err := s.closers[i](ctx); err != nil {
 			slog.Warn("stop", "part", s.names[i], "err", err)
-			if first == nil {
+			// etcd is away: what is not given back ends with its lease.
+			if first == nil && block.KindOf(err) != block.Unavailable {
 				first = fmt.Errorf("stop %s: %w", s.names[i], err)
 			}
 		}
@@ -111,12 +112,8 @@ func lockFolder(ctx context.Context, fs vfs.FS, dir string) (io.Closer, error) {
 		return nil, block.Errorf(block.Invalid, "data folder %s: that is a file; name a folder", dir)
 	}
 	var l io.Closer
-	ctx, cancel := context.WithTimeout(ctx, lockTime)
-	defer cancel()
-	err := awaitReady(ctx, func(context.Context) (err error) {
-		if l, err = vfs.Lock(fs, dir); err != nil && block.KindOf(err) != block.Busy {
-			cancel() // waiting helps no more
-		}
+	err := whileBusy(ctx, func() (err error) {
+		l, err = vfs.Lock(fs, dir)
 		return err
 	})
 	if err == nil {
@@ -136,6 +133,20 @@ func lockFolder(ctx context.Context, fs vfs.FS, dir string) (io.Closer, error) {
 		holder = "process " + strings.TrimSpace(string(text))
 	}
 	return nil, block.Errorf(block.Busy, "the data folder %s is in use by %s; stop it, or choose another folder", dir, holder)
+}
+
+// whileBusy repeats take, for lockTime at most, while what it takes is in use.
+func whileBusy(ctx context.Context, take func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, lockTime)
+	defer cancel()
+	var err error
+	_ = awaitReady(ctx, func(context.Context) error {
+		if err = take(); err != nil && block.KindOf(err) != block.Busy {
+			cancel() // waiting helps no more
+		}
+		return err
+	})
+	return err
 }
 
 // bootID is the machine's: it proves that an older process of the same folder

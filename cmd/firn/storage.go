@@ -78,7 +78,7 @@ func openStorage(ctx context.Context, cfg storageConfig, parts *stack) (*storage
 	// The node outlives ctx, which ends when the process is asked to stop, until
 	// it has been stopped in order.
 	life := context.WithoutCancel(ctx)
-	n, err := node.Open(life, node.Config{
+	config := node.Config{
 		ID: cfg.id, Cluster: cfg.cluster, Listen: cfg.listen, Advertise: cfg.advertise, Zone: cfg.zone, Boot: boot, Disks: cfg.disks,
 		FS: fs, OpenStore: func(dir string) (index.Store, error) {
 			return pebblestore.Open(dir, pebblestore.Options{FS: pebblefs.New(fs, vfs.ClassIndex), Log: slog.Default()})
@@ -86,6 +86,11 @@ func openStorage(ctx context.Context, cfg storageConfig, parts *stack) (*storage
 		Network: network, Meta: cfg.store, Loop: l, Incarnation: session, Created: time.Now().UTC().Format(time.RFC3339),
 		NewDiskID: func() block.DiskID { return block.NewUUID() },
 		Logf:      func(format string, args ...any) { slog.Info(fmt.Sprintf(format, args...), "node", cfg.id) },
+	}
+	var n *node.Node
+	err = whileBusy(ctx, func() error {
+		n, err = node.Open(life, config)
+		return err
 	})
 	if err != nil {
 		return nil, openError(cfg, err)

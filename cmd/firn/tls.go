@@ -12,6 +12,32 @@ import (
 	"firn.io/firn/internal/block"
 )
 
+// certFiles are PEM files: a certificate with its key, and whom to believe.
+type certFiles struct{ cert, key, ca string }
+
+// load makes a configuration of the files that are named. whose is for error texts.
+func (f certFiles) load(whose string) (*tls.Config, error) {
+	out := &tls.Config{MinVersion: tls.VersionTLS12}
+	if f.cert != "" {
+		pair, err := tls.LoadX509KeyPair(f.cert, f.key)
+		if err != nil {
+			return nil, block.Wrap(block.Invalid, err, "%s TLS certificate", whose)
+		}
+		out.Certificates = []tls.Certificate{pair}
+	}
+	if f.ca != "" {
+		pem, err := os.ReadFile(f.ca)
+		if err != nil {
+			return nil, block.Wrap(block.Invalid, err, "%s TLS authority", whose)
+		}
+		out.RootCAs = x509.NewCertPool()
+		if !out.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, block.Errorf(block.Invalid, "%s holds no PEM certificate", f.ca)
+		}
+	}
+	return out, nil
+}
+
 // tlsFlags name the files of mutual TLS on gRPC: between nodes and gateways,
 // and for the admin API.
 type tlsFlags struct {
@@ -37,24 +63,12 @@ func (t *tlsFlags) config() (*tls.Config, error) {
 	if t.cert == "" || t.key == "" || t.ca == "" {
 		return nil, block.Errorf(block.Invalid, "--tls-cert, --tls-key and --tls-ca belong together")
 	}
-	pair, err := tls.LoadX509KeyPair(t.cert, t.key)
+	config, err := certFiles{t.cert, t.key, t.ca}.load("gRPC's")
 	if err != nil {
-		return nil, block.Wrap(block.Invalid, err, "TLS certificate")
+		return nil, err
 	}
-	pem, err := os.ReadFile(t.ca)
-	if err != nil {
-		return nil, block.Wrap(block.Invalid, err, "TLS authority")
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, block.Errorf(block.Invalid, "%s holds no PEM certificate", t.ca)
-	}
-	return &tls.Config{
-		Certificates: []tls.Certificate{pair},
-		RootCAs:      pool, ClientCAs: pool,
-		ClientAuth: tls.RequireAndVerifyClientCert,
-		MinVersion: tls.VersionTLS13,
-	}, nil
+	config.ClientCAs, config.ClientAuth, config.MinVersion = config.RootCAs, tls.RequireAndVerifyClientCert, tls.VersionTLS13
+	return config, nil
 }
 
 // guard refuses an address beyond this machine without TLS or --insecure.

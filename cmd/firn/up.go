@@ -198,7 +198,7 @@ func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts 
 		}
 		return fabric.Network(name, l, id)
 	}
-	metrics := newMetrics()
+	metrics := listeners.page.metrics
 	var nodes []*storage
 	ready := func(ctx context.Context) error {
 		for _, n := range nodes {

@@ -176,12 +176,6 @@ func TestBadInput(t *testing.T) {
 	dir := t.TempDir()
 	s := up(t, dir+"/data", "--nodes", "2", "--volume", "v=64M")
 	taken := s.NBD
-	var silent net.Listener // accepts and never answers, as an etcd that hangs
-	var err error
-	if silent, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
-		t.Fatal(err)
-	}
-	defer silent.Close()
 
 	volume := func(args ...string) []string { return append(append([]string{"volume"}, args...), "--api", s.API) }
 	elsewhere := func(args ...string) []string {
@@ -210,8 +204,9 @@ func TestBadInput(t *testing.T) {
 		{"port in use", elsewhere("up", "--data", dir+"/other", "--nbd", taken), 5, "another process listens"},
 		{"bad volume flag", elsewhere("up", "--data", dir+"/other2", "--nbd", freeAddr(t), "--volume", "v"), 2, "NAME=SIZE"},
 		{"beyond loopback", elsewhere("up", "--data", dir+"/other3", "--nbd", freeAddr(t), "--api", "0.0.0.0:0"), 2, "--insecure"},
-		{"etcd away", []string{"gateway", "--id", "g", "--data", dir + "/g", "--etcd", "http://" + freeAddr(t), "--nbd", freeAddr(t), "--api", freeAddr(t), "--http", freeAddr(t)}, 6, "etcd"},
-		{"etcd silent", []string{"node", "--id", "1", "--disk", dir + "/n", "--etcd", "http://" + silent.Addr().String(), "--listen", freeAddr(t), "--http", freeAddr(t)}, 6, "etcd"},
+		{"etcd's certificate without key", []string{"node", "--id", "1", "--disk", dir + "/n", "--etcd", "https://127.0.0.1:1", "--etcd-cert", "x.pem", "--listen", freeAddr(t), "--http", freeAddr(t)}, 2, "--etcd-key"},
+		{"detach unknown", []string{"detach", "x", "--api", s.API}, 3, "x"},
+		{"detach of no device", []string{"detach", "/dev/nbd77", "--run-dir", dir, "--api", s.API}, 3, "/dev/nbd77"},
 		{"node without id", []string{"node", "--disk", dir + "/n", "--etcd", "http://127.0.0.1:1"}, 2, "--id"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
