@@ -57,6 +57,9 @@ type moveBatch struct {
 	moves   []Move
 	next    int    // moves before are laid out
 	payload []byte // of moves[next:], one after the other, aligned
+	// placed is called, instead of the owner's ApplyMoves, for what did not come
+	// from this disk; else nil.
+	placed func([]Move)
 	// done is called on the Loop when all are durable and the index was told.
 	done func(error)
 }
@@ -307,6 +310,7 @@ func (l *Log) endBatch(e *encoder) {
 func (l *Log) beginTable(s *segment, stream int) {
 	l.mu.Lock()
 	s.state, s.next, s.generation = open, 0, l.w.number
+	delete(l.kept, s.id)
 	l.mu.Unlock()
 	l.beginBatch(s, kindTable, stream)
 	l.encodeTable()
@@ -683,7 +687,11 @@ func (l *Log) finish() {
 		m := r.move
 		r.move = nil
 		// At once: until the index points at it, nothing keeps the segment.
-		l.owner.ApplyMoves(m.moves[m.next-int(h.records) : m.next])
+		tell := l.owner.ApplyMoves
+		if m.placed != nil {
+			tell = m.placed
+		}
+		tell(m.moves[m.next-int(h.records) : m.next])
 		if m.next == len(m.moves) {
 			w.moves[0] = nil
 			w.moves = w.moves[1:]

@@ -48,6 +48,8 @@ const (
 	TypeResponse  Type = 4 // cluster/wire: its answer
 	TypeHello     Type = 5 // first message of a connection: cluster id, sender
 	TypeSpace     Type = 6 // cluster/node: how full the sender's disks are (S7)
+	TypeCopy      Type = 7 // cluster/wire: a replica asks another for its state (C3)
+	TypeCopied    Type = 8 // cluster/wire: the answer
 )
 
 // Message is what travels. Send takes over one hold of each payload; Receive
