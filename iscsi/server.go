@@ -249,6 +249,15 @@ func (s *Server) AbortTasks(u *scsi.Unit, by *scsi.Nexus, match func(*scsi.Nexus
 	wait.Wait()
 }
 
+// Leave ends all sessions that have the unit, without waiting for it: their
+// initiators log in again.
+func (s *Server) Leave(u *scsi.Unit) {
+	for _, n := range s.sharing(u) {
+		n.log.Warn("iscsi: the volume is not attached here any more; its session ends")
+		n.c.interrupt()
+	}
+}
+
 // Stats returns what happened until now.
 func (s *Server) Stats() Stats {
 	s.mu.Lock()

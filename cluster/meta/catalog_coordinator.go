@@ -151,7 +151,7 @@ func RemoveVolume(ctx context.Context, s Store, g Guard, id block.VolumeID) erro
 			return false, block.Errorf(block.Internal, "volume %s is to be removed in state %s", id, v.State)
 		}
 		done, _, err := guarded(ctx, s, "remove the volume", g, Txn{
-			If: append(g.Conds(), Unchanged(kv)), Then: []Op{Delete(kv.Key)}, Else: []Op{Read(ElectionKey)},
+			If: append(g.Conds(), Unchanged(kv)), Then: []Op{Delete(kv.Key), Delete(ReservationsKey(id))}, Else: []Op{Read(ElectionKey)},
 		})
 		return done, err
 	})

@@ -26,6 +26,8 @@ const (
 	NamesPrefix    = Root + "name/"     // <volume name>: the volume's id
 	OwnersPrefix   = Root + "owner/"    // <volume id>: OwnerMeta, leased
 	GatewaysPrefix = Root + "gateways/" // <gateway id>: GatewayMeta, leased
+
+	ReservationsPrefix = Root + "reservations/" // <volume id>: persistent reservations
 )
 
 // NodeKey is the key of a node's NodeMeta.
@@ -45,6 +47,9 @@ func NameKey(name string) string { return NamesPrefix + name }
 
 // OwnerKey is the key that exists while a volume is attached.
 func OwnerKey(id block.VolumeID) string { return OwnersPrefix + id.String() }
+
+// ReservationsKey is the key of a volume's persistent reservations.
+func ReservationsKey(id block.VolumeID) string { return ReservationsPrefix + id.String() }
 
 // GatewayKey is the key that exists while a gateway lives.
 func GatewayKey(id string) string { return GatewaysPrefix + id }

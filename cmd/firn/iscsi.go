@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 
+	"firn.io/firn/cluster/meta"
 	"firn.io/firn/gateway"
 	"firn.io/firn/internal/block"
 	"firn.io/firn/iscsi"
@@ -54,9 +55,9 @@ func (s *served) serveISCSI(front iscsiFront, parts *stack, failed func(error)) 
 	if front.portal != "" {
 		opt.Portals = []string{front.portal}
 	}
-	targets := &volumeTargets{gateway: s.gateway, units: map[block.VolumeID]*sharedUnit{}}
+	targets := &volumeTargets{gateway: s.gateway, store: s.store, units: map[block.VolumeID]*sharedUnit{}}
 	server := iscsi.NewServer(targets, opt)
-	targets.abort = server.AbortTasks
+	targets.server = server
 	serving := make(chan struct{})
 	go func() {
 		defer close(serving)
@@ -76,7 +77,8 @@ func (s *served) serveISCSI(front iscsiFront, parts *stack, failed func(error)) 
 // attached while a session uses it; its sessions share one unit.
 type volumeTargets struct {
 	gateway *gateway.Gateway
-	abort   func(u *scsi.Unit, by *scsi.Nexus, match func(*scsi.Nexus) bool)
+	store   meta.Store
+	server  *iscsi.Server
 
 	mu    sync.Mutex
 	units map[block.VolumeID]*sharedUnit
@@ -152,11 +154,13 @@ func (v *volumeTargets) share(ctx context.Context, h *gateway.Handle) (*sharedUn
 		h.Release()
 		return u, nil
 	}
-	unit, err := scsi.NewUnit(ctx, scsi.Config{Device: h, Revision: "1"})
+	d := &attached{Volume: h.Volume}
+	unit, err := scsi.NewUnit(ctx, scsi.Config{Device: d, Revision: "1", Store: reservationStore{v.store, id}})
 	if err != nil {
 		return nil, err
 	}
-	unit.Abort = func(by *scsi.Nexus, match func(*scsi.Nexus) bool) { v.abort(unit, by, match) }
+	unit.Abort = func(by *scsi.Nexus, match func(*scsi.Nexus) bool) { v.server.AbortTasks(unit, by, match) }
+	d.over = func() { v.server.Leave(unit) }
 	u = &sharedUnit{handle: h, unit: unit, uses: 1}
 	v.units[id] = u
 	return u, nil
@@ -174,6 +178,60 @@ func (v *volumeTargets) release(u *sharedUnit) {
 		u.unit.Close()
 		u.handle.Release()
 	}
+}
+
+// attached is a volume whose sessions end with its attachment: the initiators
+// come back, and find the volume here again or at the gateway that has it now.
+type attached struct {
+	*gateway.Volume
+	once sync.Once
+	over func()
+}
+
+func (a *attached) note(err error) error {
+	if err != nil && block.KindOf(err) == block.Fenced {
+		a.once.Do(a.over)
+	}
+	return err
+}
+
+// ReadAt implements block.Device.
+func (a *attached) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return a.note(a.Volume.ReadAt(ctx, p, off))
+}
+
+// WriteAt implements block.Device.
+func (a *attached) WriteAt(ctx context.Context, p []byte, off int64, f block.Flags) error {
+	return a.note(a.Volume.WriteAt(ctx, p, off, f))
+}
+
+// Trim implements block.Device.
+func (a *attached) Trim(ctx context.Context, off, n int64, f block.Flags) error {
+	return a.note(a.Volume.Trim(ctx, off, n, f))
+}
+
+// WriteZeroes implements block.Device.
+func (a *attached) WriteZeroes(ctx context.Context, off, n int64, f block.Flags) error {
+	return a.note(a.Volume.WriteZeroes(ctx, off, n, f))
+}
+
+// reservationStore keeps a volume's persistent reservations in the cluster's
+// metadata: a scsi.Store.
+type reservationStore struct {
+	store meta.Store
+	id    block.VolumeID
+}
+
+// Load implements scsi.Store.
+func (r reservationStore) Load(ctx context.Context) ([]byte, int64, error) {
+	text, at, err := meta.Reservations(ctx, r.store, r.id)
+	return text, int64(at), err
+}
+
+// Save implements scsi.Store.
+func (r reservationStore) Save(ctx context.Context, text []byte, version int64) (int64, error) {
+	at, err := meta.PutReservations(ctx, r.store, r.id, text, meta.Revision(version))
+	return int64(at), err
 }
 
 var (
