@@ -7,6 +7,7 @@ import (
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/client"
+	"firn.io/firn/nbd/device"
 	"firn.io/firn/nbd/wire"
 )
 
@@ -28,7 +29,7 @@ func TestRequestsAllocateNothing(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			d := blocktest.New(blocktest.Options{Name: "vol", Bytes: volBytes, NoLending: !c.lend})
-			addr, s := serve(t, nbd.Fixed{*nbd.DeviceExport(d, nil)}, nbd.Options{})
+			addr, s := serve(t, nbd.Fixed{*device.Export(d, nil)}, nbd.Options{})
 			conn := dial(t, addr, c.o)
 			load := c.load
 			load.Span = volBytes

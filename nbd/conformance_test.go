@@ -11,6 +11,7 @@ import (
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/client"
+	"firn.io/firn/nbd/device"
 	"firn.io/firn/nbd/nbdtest"
 )
 
@@ -78,7 +79,7 @@ func TestConformance(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			blocktest.Run(t, func(t testing.TB, size int64) block.Device {
 				dev := blocktest.New(blocktest.Options{Bytes: size, NoLending: !c.lend})
-				addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(dev, nil)}, nbd.Options{})
+				addr, _ := serve(t, nbd.Fixed{*device.Export(dev, nil)}, nbd.Options{})
 				var conns []*client.Conn
 				for range c.conns {
 					conns = append(conns, dial(t, addr, c.o))
@@ -97,6 +98,6 @@ func TestReadOnlyConformance(t *testing.T) {
 		t.Fatal(err)
 	}
 	dev.SetReadOnly(true)
-	addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(dev, nil)}, nbd.Options{})
+	addr, _ := serve(t, nbd.Fixed{*device.Export(dev, nil)}, nbd.Options{})
 	blocktest.RunReadOnly(t, nbdtest.New(dial(t, addr, client.Options{})), want)
 }

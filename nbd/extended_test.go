@@ -10,6 +10,7 @@ import (
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/client"
+	"firn.io/firn/nbd/device"
 	"firn.io/firn/nbd/nbdtest"
 	"firn.io/firn/nbd/wire"
 )
@@ -109,7 +110,7 @@ func TestExtendedBytes(t *testing.T) {
 // TestExtendedLengths: one request for more than 32 bits say.
 func TestExtendedLengths(t *testing.T) {
 	d := &hugeDevice{Device: blocktest.New(blocktest.Options{Bytes: 1 << 20})}
-	addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(d, nil)}, nbd.Options{})
+	addr, _ := serve(t, nbd.Fixed{*device.Export(d, nil)}, nbd.Options{})
 	c := dial(t, addr, client.Options{Export: "huge", Extended: true})
 	for _, call := range []*client.Call{
 		{Command: wire.CmdTrim, Off: 512, Bytes: 5 << 40},
@@ -185,7 +186,7 @@ func TestExtendedPayloads(t *testing.T) {
 // TestExtendedConformance runs the suite of block.Device.
 func TestExtendedConformance(t *testing.T) {
 	blocktest.Run(t, func(t testing.TB, size int64) block.Device {
-		addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(blocktest.New(blocktest.Options{Bytes: size}), nil)}, nbd.Options{})
+		addr, _ := serve(t, nbd.Fixed{*device.Export(blocktest.New(blocktest.Options{Bytes: size}), nil)}, nbd.Options{})
 		return nbdtest.New(dial(t, addr, client.Options{Extended: true}))
 	})
 }

@@ -10,6 +10,7 @@ import (
 
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
+	"firn.io/firn/nbd/device"
 	"firn.io/firn/nbd/wire"
 )
 
@@ -96,7 +97,7 @@ func FuzzTransmission(f *testing.F) {
 	f.Fuzz(func(t *testing.T, mode uint8, in []byte) {
 		headers := wire.Headers(mode % 3)
 		d := blocktest.New(blocktest.Options{Name: "a", Bytes: fuzzBytes, NoLending: true})
-		s := nbd.NewServer(nbd.Fixed{*nbd.DeviceExport(d, nil)}, nbd.Options{Workers: 1})
+		s := nbd.NewServer(nbd.Fixed{*device.Export(d, nil)}, nbd.Options{Workers: 1})
 		hello := wire.AppendClientFlags(nil, wire.ClientFixedNewstyle|wire.ClientNoZeroes)
 		if headers != wire.SimpleReplies {
 			o := wire.OptStructuredReply

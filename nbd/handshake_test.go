@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/client"
+	"firn.io/firn/nbd/device"
 	"firn.io/firn/nbd/wire"
 )
 
@@ -44,7 +46,7 @@ func (c *catalog) Info(_ context.Context, name string) (nbd.Info, error) {
 	if d == nil {
 		return nbd.Info{}, block.Errorf(block.NotFound, "volume %q does not exist", name)
 	}
-	return nbd.DeviceInfo(d.Geometry()), nil
+	return device.Info(d.Geometry()), nil
 }
 
 func (c *catalog) Open(ctx context.Context, name string) (*nbd.Export, error) {
@@ -55,7 +57,7 @@ func (c *catalog) Open(ctx context.Context, name string) (*nbd.Export, error) {
 		return nil, c.openErr
 	}
 	c.opens.Add(1)
-	return nbd.DeviceExport(c.devices[name], func() { c.ends.Add(1) }), nil
+	return device.Export(c.devices[name], func() { c.ends.Add(1) }), nil
 }
 
 func TestHandshakeExportName(t *testing.T) {
@@ -101,7 +103,11 @@ func TestHandshakeFlags(t *testing.T) {
 
 func TestHandshakeList(t *testing.T) {
 	addr, _ := serve(t, newCatalog("a", "b", "c"), nbd.Options{})
-	exports, err := client.List(t.Context(), addr)
+	nc, err := net.Dial("unix", strings.TrimPrefix(addr, "unix:"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	exports, err := client.List(t.Context(), nc)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
+	"firn.io/firn/nbd/device"
 )
 
 // TestMain makes the test binary a server of a memory device when
@@ -38,7 +39,7 @@ func TestMain(m *testing.M) {
 		go http.ListenAndServe(pprof, nil)
 	}
 	fmt.Println(nbd.URI(l.Addr(), "vol"))
-	fmt.Fprintln(os.Stderr, nbd.NewServer(nbd.Fixed{*nbd.DeviceExport(dev, nil)}, nbd.Options{}).Serve(l))
+	fmt.Fprintln(os.Stderr, nbd.NewServer(nbd.Fixed{*device.Export(dev, nil)}, nbd.Options{}).Serve(l))
 	os.Exit(1)
 }
 

@@ -5,7 +5,9 @@
 // A [Server] asks an [Exports] which exports there are, opens one when a client
 // enters it, and closes it when that connection is over. What an export stores
 // is a [Backend], widened by optional interfaces that each switch on one
-// feature of the protocol. [FromDevice] makes a Backend of Firn's own device.
+// feature of the protocol. Package nbd/device makes a Backend of Firn's own
+// devices, nbd/backend of memory and files; nbd/server is the way in for one
+// connection.
 //
 // Memory is bounded whatever clients send: see [Options].
 package nbd
@@ -128,6 +130,9 @@ type Info struct {
 	// MinBlock, PreferredBlock are advice in bytes, powers of two; 0 is 1 and
 	// 4096. The server itself accepts any alignment.
 	MinBlock, PreferredBlock int
+	// MaxBlock is the length of requests that a client is told not to exceed, a
+	// power of two; 0 is 32 MiB, which is also the most.
+	MaxBlock int
 	// MaxPiece bounds the bytes that one call of the Backend reads or writes,
 	// at least 4096. Larger requests are split at multiples of the largest of
 	// 4, 16, 64, 256 KiB and 1 MiB that is within it. 0 is no bound.
@@ -194,5 +199,17 @@ type Exports interface {
 	Open(ctx context.Context, name string) (*Export, error)
 }
 
-// Errno is an error number as the protocol knows it.
+// Errno is an error number as the protocol knows it. A Backend may return one.
 type Errno = wire.Errno
+
+// The error numbers of the protocol.
+const (
+	EPERM     = wire.EPERM
+	EIO       = wire.EIO
+	ENOMEM    = wire.ENOMEM
+	EINVAL    = wire.EINVAL
+	ENOSPC    = wire.ENOSPC
+	EOVERFLOW = wire.EOVERFLOW
+	ENOTSUP   = wire.ENOTSUP
+	ESHUTDOWN = wire.ESHUTDOWN
+)

@@ -19,6 +19,7 @@ import (
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/client"
+	"firn.io/firn/nbd/device"
 	"firn.io/firn/nbd/wire"
 )
 
@@ -218,7 +219,7 @@ func TestBudgets(t *testing.T) {
 	release := make(chan struct{})
 	stuck := blocktest.New(blocktest.Options{Name: "stuck", Bytes: 1 << 30, NoLending: true, Before: hang(blocktest.OpRead, &entered, release)})
 	good := blocktest.New(blocktest.Options{Name: "good", Bytes: 1 << 30, NoLending: true})
-	addr, s := serve(t, nbd.Fixed{*nbd.DeviceExport(stuck, nil), *nbd.DeviceExport(good, nil)}, nbd.Options{TotalBytes: 64 << 20})
+	addr, s := serve(t, nbd.Fixed{*device.Export(stuck, nil), *device.Export(good, nil)}, nbd.Options{TotalBytes: 64 << 20})
 	var conns []*raw
 	for range 4 {
 		r := rawEnter(t, addr, "stuck", false)
@@ -262,7 +263,7 @@ func TestManySmallInFlight(t *testing.T) {
 	var entered atomic.Int64
 	release := make(chan struct{})
 	d := blocktest.New(blocktest.Options{Name: "vol", Bytes: volBytes, Before: hang(blocktest.OpWrite, &entered, release)})
-	addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(d, nil)}, nbd.Options{Workers: 3})
+	addr, _ := serve(t, nbd.Fixed{*device.Export(d, nil)}, nbd.Options{Workers: 3})
 	r := rawEnter(t, addr, "vol", false)
 	for i := range 50 {
 		r.request(wire.CmdWrite, 0, uint64(i)*512, 512, make([]byte, 512))
@@ -296,7 +297,7 @@ func TestClientLeavesHungVolume(t *testing.T) {
 			var entered atomic.Int64
 			d := blocktest.New(blocktest.Options{Name: "vol", Bytes: 1 << 30, NoLending: true, Before: hang(blocktest.OpRead, &entered, nil)})
 			left := make(chan struct{})
-			addr, s := serve(t, nbd.Fixed{*nbd.DeviceExport(d, func() { close(left) })}, nbd.Options{Workers: 3, StallTimeout: 50 * time.Millisecond})
+			addr, s := serve(t, nbd.Fixed{*device.Export(d, func() { close(left) })}, nbd.Options{Workers: 3, StallTimeout: 50 * time.Millisecond})
 			r := rawEnter(t, addr, "vol", false)
 			for range tc.count {
 				r.request(wire.CmdRead, 0, 0, uint32(tc.size), nil)
@@ -323,7 +324,7 @@ func TestReadsForNobody(t *testing.T) {
 	release := make(chan struct{})
 	d := blocktest.New(blocktest.Options{Name: "vol", Bytes: volBytes, NoLending: true, Before: hang(blocktest.OpRead, &entered, release)})
 	left := make(chan struct{})
-	addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(d, func() { close(left) })}, nbd.Options{Workers: 3})
+	addr, _ := serve(t, nbd.Fixed{*device.Export(d, func() { close(left) })}, nbd.Options{Workers: 3})
 	r := rawEnter(t, addr, "vol", false)
 	var all []byte
 	for i := range requests {
@@ -348,7 +349,7 @@ func TestDisconnectBehindRequests(t *testing.T) {
 	release := make(chan struct{})
 	d := blocktest.New(blocktest.Options{Name: "vol", Bytes: volBytes, Before: hang(blocktest.OpWrite, &entered, release)})
 	left := make(chan struct{})
-	addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(d, func() { close(left) })}, nbd.Options{Workers: 3})
+	addr, _ := serve(t, nbd.Fixed{*device.Export(d, func() { close(left) })}, nbd.Options{Workers: 3})
 	r := rawEnter(t, addr, "vol", false)
 	for i := range 50 {
 		r.request(wire.CmdWrite, 0, uint64(i)*512, 512, make([]byte, 512))
@@ -375,7 +376,7 @@ func TestShutdown(t *testing.T) {
 		t.Fatal(err)
 	}
 	var closed atomic.Bool
-	s := nbd.NewServer(nbd.Fixed{*nbd.DeviceExport(d, func() { closed.Store(true) })}, nbd.Options{})
+	s := nbd.NewServer(nbd.Fixed{*device.Export(d, func() { closed.Store(true) })}, nbd.Options{})
 	served := make(chan error)
 	go func() { served <- s.Serve(l) }()
 	addr := "unix:" + l.Addr().String()
@@ -418,7 +419,7 @@ func TestShutdown(t *testing.T) {
 func TestShutdownGivesUp(t *testing.T) {
 	var entered atomic.Int64
 	d := blocktest.New(blocktest.Options{Name: "vol", Bytes: volBytes, Before: hang(blocktest.OpFlush, &entered, nil)})
-	s := nbd.NewServer(nbd.Fixed{*nbd.DeviceExport(d, nil)}, nbd.Options{})
+	s := nbd.NewServer(nbd.Fixed{*device.Export(d, nil)}, nbd.Options{})
 	a, b := net.Pipe()
 	ended := make(chan error, 1)
 	go func() { ended <- s.ServeConn(b) }()

@@ -12,6 +12,7 @@ import (
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/client"
+	"firn.io/firn/nbd/device"
 	"firn.io/firn/nbd/wire"
 )
 
@@ -36,7 +37,7 @@ func TestSessionTakesOver(t *testing.T) {
 		ended.Store(true)
 		return ctx.Err()
 	}})
-	addr, s := serve(t, nbd.Fixed{*nbd.DeviceExport(d, nil)}, nbd.Options{Workers: 1})
+	addr, s := serve(t, nbd.Fixed{*device.Export(d, nil)}, nbd.Options{Workers: 1})
 	old := rawDial(t, addr, rawFlags)
 	old.wantAck(wire.OptSession, wire.AppendSession(nil, sessionOf(1, 0, 1)))
 	old.enter("vol", false)
@@ -141,7 +142,7 @@ func TestSessionWaitsForAHungVolume(t *testing.T) {
 		}
 		return nil
 	}})
-	addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(d, nil)}, nbd.Options{OpenTimeout: 20 * time.Millisecond})
+	addr, _ := serve(t, nbd.Fixed{*device.Export(d, nil)}, nbd.Options{OpenTimeout: 20 * time.Millisecond})
 	old := rawDial(t, addr, rawFlags)
 	old.wantAck(wire.OptSession, wire.AppendSession(nil, sessionOf(1, 0, 1)))
 	old.enter("vol", false)

@@ -22,6 +22,7 @@ import (
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/client"
+	"firn.io/firn/nbd/device"
 	"firn.io/firn/nbd/nbdtest"
 	"firn.io/firn/nbd/wire"
 )
@@ -228,7 +229,7 @@ func TestTLSClientCertificates(t *testing.T) {
 func TestTLSConformance(t *testing.T) {
 	a := newAuthority(t)
 	blocktest.Run(t, func(t testing.TB, size int64) block.Device {
-		addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(blocktest.New(blocktest.Options{Bytes: size}), nil)}, nbd.Options{TLS: a.server(), RequireTLS: true})
+		addr, _ := serve(t, nbd.Fixed{*device.Export(blocktest.New(blocktest.Options{Bytes: size}), nil)}, nbd.Options{TLS: a.server(), RequireTLS: true})
 		return nbdtest.New(dial(t, addr, client.Options{TLS: a.client("")}))
 	})
 }

@@ -85,6 +85,9 @@ func blockSizes(i Info) wire.BlockSizes {
 	}
 	b := wire.BlockSizes{Min: power(i.MinBlock, 1), Preferred: power(i.PreferredBlock, 4096), Max: wire.MaxPayload}
 	b.Preferred = max(b.Preferred, b.Min, 512)
+	if n := i.MaxBlock; n&(n-1) == 0 && n >= int(b.Preferred) && n < wire.MaxPayload {
+		b.Max = uint32(n)
+	}
 	return b
 }
 

@@ -15,6 +15,7 @@ import (
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/client"
+	"firn.io/firn/nbd/device"
 	"firn.io/firn/nbd/wire"
 )
 
@@ -26,7 +27,7 @@ func newVolume(o blocktest.Options) (*blocktest.Device, nbd.Exports) {
 	}
 	o.Name = "vol"
 	d := blocktest.New(o)
-	return d, nbd.Fixed{*nbd.DeviceExport(d, nil)}
+	return d, nbd.Fixed{*device.Export(d, nil)}
 }
 
 // TestIllegalRequests: each is refused in the protocol's terms, and the
@@ -340,7 +341,7 @@ func TestDisconnectEndsWhatIsInFlight(t *testing.T) {
 			}
 		}})
 		left := make(chan struct{})
-		addr, _ := serve(t, nbd.Fixed{*nbd.DeviceExport(d, func() { close(left) })}, nbd.Options{})
+		addr, _ := serve(t, nbd.Fixed{*device.Export(d, func() { close(left) })}, nbd.Options{})
 		r := rawEnter(t, addr, "vol", false)
 		r.request(wire.CmdWrite, 0, 0, 4096, bytes.Repeat([]byte{7}, 4096))
 		<-entered

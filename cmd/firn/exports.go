@@ -6,6 +6,7 @@ import (
 	"firn.io/firn/gateway"
 	"firn.io/firn/internal/block"
 	"firn.io/firn/nbd"
+	"firn.io/firn/nbd/device"
 )
 
 // exports shows every volume as an NBD export of its name. A volume is attached
@@ -20,7 +21,7 @@ func (e exports) List(ctx context.Context) ([]nbd.Info, error) {
 	}
 	infos := make([]nbd.Info, 0, len(all))
 	for _, g := range all {
-		infos = append(infos, nbd.DeviceInfo(g))
+		infos = append(infos, device.Info(g))
 	}
 	return infos, nil
 }
@@ -35,7 +36,7 @@ func (e exports) Info(ctx context.Context, name string) (nbd.Info, error) {
 	if err != nil {
 		return nbd.Info{}, err
 	}
-	return nbd.DeviceInfo(g), nil
+	return device.Info(g), nil
 }
 
 // Open implements nbd.Exports.
@@ -48,7 +49,7 @@ func (e exports) Open(ctx context.Context, name string) (*nbd.Export, error) {
 	if err != nil {
 		return nil, err
 	}
-	return nbd.DeviceExport(h, h.Release), nil
+	return device.Export(h, h.Release), nil
 }
 
 // resolve gives the default export "" a meaning where only one is possible.

@@ -20,7 +20,7 @@ import (
 // maxReply bounds what is not data in an answer of the server.
 const maxReply = 128 << 10
 
-// Options of [Dial] and [New].
+// Options of [Dial], [Enter] and [Connect].
 type Options struct {
 	// Export is the name of the export.
 	Export string
@@ -87,7 +87,7 @@ func Dial(ctx context.Context, addr string, o Options) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return New(ctx, nc, o)
+	return Connect(ctx, nc, o)
 }
 
 func dial(ctx context.Context, addr string) (net.Conn, error) {
@@ -98,8 +98,8 @@ func dial(ctx context.Context, addr string) (net.Conn, error) {
 	return d.DialContext(ctx, "tcp", addr)
 }
 
-// New enters an export over nc, which it owns from then on.
-func New(ctx context.Context, nc net.Conn, o Options) (*Conn, error) {
+// Connect enters an export over nc, which it owns from then on.
+func Connect(ctx context.Context, nc net.Conn, o Options) (*Conn, error) {
 	c, err := handshake(ctx, nc, o)
 	if err != nil {
 		return nil, err
@@ -160,12 +160,9 @@ func Enter(ctx context.Context, addr string, o Options) (net.Conn, Export, error
 	return c.nc, c.info, nil
 }
 
-// List returns a server's exports.
-func List(ctx context.Context, addr string) ([]Export, error) {
-	nc, err := dial(ctx, addr)
-	if err != nil {
-		return nil, err
-	}
+// List returns the names and descriptions of a server's exports over nc, which
+// it closes. ctx bounds it.
+func List(ctx context.Context, nc net.Conn) ([]Export, error) {
 	defer nc.Close()
 	defer context.AfterFunc(ctx, func() { nc.Close() })()
 	c := &Conn{nc: nc, r: bufio.NewReader(nc)}
@@ -173,7 +170,7 @@ func List(ctx context.Context, addr string) ([]Export, error) {
 		return nil, err
 	}
 	var exports []Export
-	err = c.option(wire.OptList, nil, func(r wire.OptReply, p []byte) error {
+	err := c.option(wire.OptList, nil, func(r wire.OptReply, p []byte) error {
 		name, description, err := wire.ParseServer(p)
 		exports = append(exports, Export{Name: name, Description: description})
 		return err
