@@ -201,6 +201,7 @@ type void struct {
 // batch is a decoded header area.
 type batch struct {
 	header
+	area     []byte // what it was decoded from
 	sections []section
 	moves    []moveRecord
 	claimed  []segmentUse
@@ -348,7 +349,7 @@ func (r *reader) count(size int) int {
 // decodeRecords reads the records of a whole header area. Data and CRCs of the
 // result may be parts of area. ok is false when it makes no sense.
 func decodeRecords(h *header, area []byte) (b batch, ok bool) {
-	b.header = *h
+	b.header, b.area = *h, area[:h.headerBytes]
 	r := &reader{p: area[fixedBytes:h.headerBytes]}
 	at := h.block + h.headerBlocks()
 	for range h.records {

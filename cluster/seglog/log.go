@@ -23,6 +23,9 @@ type Options struct {
 	// segment. It is asked at open only, and only when no segment is free
 	// otherwise; nil is yes.
 	Live func(SegmentID, uint64) bool
+	// Parallel is how many goroutines read the disk while it opens; 0 and 1: none
+	// but the caller's, in an order that replays.
+	Parallel int
 	// Failed, if set, is called on the Loop once when the disk fails (L8). The
 	// disk is marked by then.
 	Failed func(error)
@@ -59,6 +62,7 @@ type Log struct {
 	replicas    map[ReplicaKey]*Replica
 	order       []*Replica // by key
 	shut        bool       // the files are closed
+	kept        kept       // nil once all replicas were opened
 
 	w     writer
 	gc    collector

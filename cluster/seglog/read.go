@@ -15,7 +15,7 @@ var errNoBatch = errors.New("no valid batch header")
 // readArea reads the header area at a block of a segment and checks that it is
 // one, is whole and belongs there. Any other outcome is errNoBatch, or an error
 // of the disk.
-func (l *Log) readArea(f vfs.File, id SegmentID, at uint32) (h header, area []byte, err error) {
+func (l *Log) readArea(f io.ReaderAt, id SegmentID, at uint32) (h header, area []byte, err error) {
 	first := payload.New(block.Size).Bytes()
 	if err := readFull(f, first, int64(at)*block.Size); err != nil {
 		return h, nil, err
@@ -40,7 +40,7 @@ func (l *Log) readArea(f vfs.File, id SegmentID, at uint32) (h header, area []by
 }
 
 // readBatch reads and decodes the batch at a block.
-func (l *Log) readBatch(f vfs.File, id SegmentID, at uint32) (batch, error) {
+func (l *Log) readBatch(f io.ReaderAt, id SegmentID, at uint32) (batch, error) {
 	h, area, err := l.readArea(f, id, at)
 	if err != nil {
 		return batch{}, err
@@ -53,7 +53,7 @@ func (l *Log) readBatch(f vfs.File, id SegmentID, at uint32) (batch, error) {
 }
 
 // readFull fills p; a file that ends before is errNoBatch.
-func readFull(f vfs.File, p []byte, off int64) error {
+func readFull(f io.ReaderAt, p []byte, off int64) error {
 	n, err := f.ReadAt(p, off)
 	if n == len(p) {
 		return nil
@@ -115,6 +115,7 @@ func (r *Replica) Read(lo, hi uint64, maxBytes int, payloads bool) ([]Entry, err
 	}
 	var slots []slot
 	var files []vfs.File
+	var areas [][]byte // of their batches, where recovery has kept them
 	bytes := 0
 	for i := lo; i < hi && i <= r.durable && i <= r.LastIndex() && len(slots) < maxReadEntries; i++ {
 		s := *r.slot(i)
@@ -123,6 +124,7 @@ func (r *Replica) Read(lo, hi uint64, maxBytes int, payloads bool) ([]Entry, err
 		}
 		slots = append(slots, s)
 		files = append(files, l.segment(s.segment).file)
+		areas = append(areas, l.kept[s.segment][uint32(s.batch)])
 	}
 	unpin := l.Pin()
 	l.mu.RUnlock()
@@ -133,7 +135,10 @@ func (r *Replica) Read(lo, hi uint64, maxBytes int, payloads bool) ([]Entry, err
 	bytes = 0
 	for k, s := range slots {
 		if at.segment != s.segment || at.block != uint32(s.batch) || k == 0 {
-			b, err := l.readBatch(files[k], s.segment, uint32(s.batch))
+			b, err := decodeKept(areas[k])
+			if err != nil {
+				b, err = l.readBatch(files[k], s.segment, uint32(s.batch))
+			}
 			if err != nil {
 				return finishRead(out, block.Wrap(block.Corrupt, err, "entry %d of %v, block %d of segment %d", lo+uint64(k), r.key, s.batch, s.segment))
 			}

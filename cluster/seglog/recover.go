@@ -2,7 +2,6 @@ package seglog
 
 import (
 	"fmt"
-	"path"
 	"slices"
 	"sort"
 
@@ -40,7 +39,9 @@ type recovery struct {
 	durable uint64 // the highest number that any header says was synced
 	last    header // of the newest valid batch
 	rots    []rot
-	scans   []*scan
+	// keptBytes is what Log.kept holds.
+	keptBytes int
+	scans     []*scan
 }
 
 // scan is what was found in one segment.
@@ -86,7 +87,7 @@ func Open(fs vfs.FS, dir string, sb Superblock, o Options) (*Log, error) {
 		return nil, block.Errorf(block.Unavailable, "disk %v in %s has failed and must be replaced: %s", sb.Disk, dir, why)
 	}
 	l := &Log{fs: fs, dir: dir, sb: sb, opt: o, maxSegments: int(min(o.CapacityBytes/sb.SegmentBytes, 1<<31)),
-		replicas: make(map[ReplicaKey]*Replica)}
+		replicas: make(map[ReplicaKey]*Replica), kept: make(kept)}
 	if l.maxSegments < minSegments {
 		return nil, block.Errorf(block.Invalid, "a disk of %d bytes is too small: it needs at least %d segments of %d bytes", o.CapacityBytes, minSegments, sb.SegmentBytes)
 	}
@@ -122,121 +123,6 @@ func (r *recovery) run() error {
 	}
 	r.judge()
 	r.settle()
-	return nil
-}
-
-// openSegments opens the files there are, syncs what a killed process may have
-// left in the page cache, and makes sure that reads come from the disk.
-func (r *recovery) openSegments() error {
-	l := r.l
-	folder := path.Join(l.dir, logFolder)
-	if err := l.fs.MkdirAll(folder); err != nil {
-		return err
-	}
-	names, err := l.fs.List(folder)
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		id, ok := parseSegmentName(name)
-		if !ok || int64(id) > MaxSegments {
-			continue
-		}
-		for int(id) > len(l.segs) {
-			l.segs = append(l.segs, &segment{id: SegmentID(len(l.segs) + 1)})
-		}
-		f, err := l.fs.Open(path.Join(folder, name), vfs.Direct, vfs.ClassLog)
-		if err != nil {
-			return err
-		}
-		s := l.segs[id-1]
-		s.file, s.state = f, sealed
-		size, err := f.Size()
-		if err == nil && size < l.sb.SegmentBytes {
-			err = f.Allocate(0, l.sb.SegmentBytes) // its making was cut short
-		}
-		if err == nil {
-			err = f.Sync()
-		}
-		if err == nil {
-			err = f.DropCache()
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return l.fs.SyncDir(folder)
-}
-
-// MaxSegments bounds the number of segments of a disk: 64 TiB of 64 MiB.
-const MaxSegments = 1 << 20
-
-// findTable reads the head of every segment and keeps the newest state table.
-func (r *recovery) findTable() error {
-	l := r.l
-	var odd []*segment
-	for _, s := range l.segs {
-		if s.file == nil {
-			continue
-		}
-		b, err := l.readBatch(s.file, s.id, 0)
-		if err != nil || b.kind != kindTable || b.generation != b.number {
-			s.state = free
-			if s.fresh = zeroHead(s.file); !s.fresh {
-				odd = append(odd, s)
-			}
-			continue
-		}
-		s.generation, s.last = b.number, b.number
-		r.heads[s.id] = b.header
-		if b.number > r.table.number {
-			r.table = b
-		}
-	}
-	r.voids = r.table.voids
-	for id, h := range r.heads {
-		if r.void(h.number) {
-			return block.Errorf(block.Corrupt, "segment %d begins with batch %d, which was cut off", id, h.number)
-		}
-	}
-	return r.probe(odd)
-}
-
-// zeroHead tells whether a segment was never written.
-func zeroHead(f vfs.File) bool {
-	p := payload.New(block.Size).Bytes()
-	if readFull(f, p, 0) != nil {
-		return false
-	}
-	for _, b := range p {
-		if b != 0 {
-			return false
-		}
-	}
-	return true
-}
-
-// probe looks into segments whose head is neither valid nor empty: torn while
-// it was opened anew, then nothing newer follows; or rotten. What holds batches
-// stays sealed until the index tells that it points at none of them.
-func (r *recovery) probe(odd []*segment) error {
-	for _, s := range odd {
-		h, newer := r.resync(s, 1, 0, r.table.number)
-		if !newer {
-			var older bool
-			if h, older = r.resync(s, 1, 0, 0); !older {
-				continue
-			}
-		}
-		if r.table.number == 0 {
-			return block.Errorf(block.Corrupt, "segment %d holds batches, and no state table can be read", s.id)
-		}
-		s.state, s.generation, s.last = sealed, h.generation, h.number
-		if newer {
-			r.heads[s.id] = header{stream: h.stream, number: h.generation, generation: h.generation, segment: s.id}
-			r.table.claimed = append(r.table.claimed, segmentUse{s.id, h.generation})
-		}
-	}
 	return nil
 }
 
@@ -298,7 +184,7 @@ func (r *recovery) scanAll() error {
 	uses := append(slices.Clone(r.table.claimed), segmentUse{r.table.segment, r.table.generation})
 	sort.Slice(uses, func(i, j int) bool { return uses[i].generation < uses[j].generation })
 	uses = slices.CompactFunc(uses, func(a, b segmentUse) bool { return a.generation == b.generation })
-	var later []func()
+	var first, later []*scan
 	for _, u := range uses {
 		s := r.l.segment(u.id)
 		if s == nil || s.file == nil {
@@ -318,14 +204,14 @@ func (r *recovery) scanAll() error {
 			s.state, s.generation, s.last = sealed, u.generation, u.generation
 		}
 		if stream == fresh {
-			r.scan(s, fresh)
+			first = append(first, &scan{seg: s, stream: stream})
 		} else {
-			later = append(later, func() { r.scan(s, stream) })
+			later = append(later, &scan{seg: s, stream: stream})
 		}
 	}
-	for _, scan := range later {
-		scan()
-	}
+	scans := append(first, later...)
+	inOrder(r.l.opt.Parallel, len(scans), func(i int) chain { return r.l.readChain(scans[i].seg.file, scans[i].seg.id) },
+		func(i int, ahead chain) { r.scan(scans[i], ahead) })
 	r.release()
 	return nil
 }
@@ -333,15 +219,15 @@ func (r *recovery) scanAll() error {
 // scan hops through a segment from header to header and replays it, but for
 // its last batch, which may be torn: that is held back until it is known what
 // was synced.
-func (r *recovery) scan(s *segment, stream uint8) {
-	if stream == fresh {
+func (r *recovery) scan(sc *scan, ahead chain) {
+	if sc.stream == fresh {
 		r.replayHeld()
 	}
-	sc := &scan{seg: s, stream: stream}
+	s := sc.seg
 	r.scans = append(r.scans, sc)
 	l := r.l
 	for !sc.sealed && sc.end < l.segmentBlocks() {
-		b, err := l.readBatch(s.file, s.id, sc.end)
+		b, err := l.batchAt(s, sc.end, ahead)
 		if err != nil || b.generation != s.generation || b.number <= sc.number() || r.void(b.number) {
 			h, found := r.resync(s, sc.end+1, s.generation, sc.number())
 			if !found {
@@ -383,6 +269,7 @@ func (r *recovery) accept(sc *scan) {
 	}
 	if sc.stream == fresh {
 		r.replay(b)
+		r.keep(b)
 	}
 }
 

@@ -310,6 +310,7 @@ func (l *Log) endBatch(e *encoder) {
 func (l *Log) beginTable(s *segment, stream int) {
 	l.mu.Lock()
 	s.state, s.next, s.generation = open, 0, l.w.number
+	delete(l.kept, s.id)
 	l.mu.Unlock()
 	l.beginBatch(s, kindTable, stream)
 	l.encodeTable()
