@@ -21,7 +21,7 @@ const targetName = iscsi.NamePrefix + "vol"
 
 // serve starts a server of one target over a memory device and returns its
 // address.
-func serve(t *testing.T, dev block.Device, access iscsi.Access) (addr string, s *iscsi.Server) {
+func serve(t testing.TB, dev block.Device, access iscsi.Access) (addr string, s *iscsi.Server) {
 	t.Helper()
 	u, err := scsi.NewUnit(t.Context(), scsi.Config{Device: dev, Revision: "0"})
 	if err != nil {
@@ -30,7 +30,7 @@ func serve(t *testing.T, dev block.Device, access iscsi.Access) (addr string, s 
 	return serveUnit(t, u, access, iscsi.Options{})
 }
 
-func serveUnit(t *testing.T, u *scsi.Unit, access iscsi.Access, opt iscsi.Options) (addr string, s *iscsi.Server) {
+func serveUnit(t testing.TB, u *scsi.Unit, access iscsi.Access, opt iscsi.Options) (addr string, s *iscsi.Server) {
 	t.Helper()
 	s = iscsi.NewServer(&iscsi.Fixed{Targets: []iscsi.Target{{Name: targetName, LUNs: []iscsi.LUN{{Number: 0, Unit: u}}}}, Account: access}, opt)
 	u.Abort = func(by *scsi.Nexus, match func(*scsi.Nexus) bool) { s.AbortTasks(u, by, match) }

@@ -72,6 +72,9 @@ func newSender(nc net.Conn, opt *Options) *sender {
 	return o
 }
 
+// padding fills data segments up.
+var padding [3]byte
+
 // flags of a message.
 type outFlags uint8
 
@@ -124,8 +127,7 @@ func (o *sender) add(h *pdu.Header, data []byte, f outFlags, done func()) {
 		b.segs = append(b.segs, data)
 	}
 	if len(data) > 0 {
-		var zeros [3]byte
-		pad := zeros[:pdu.Padded(len(data))-len(data)]
+		pad := padding[:pdu.Padded(len(data))-len(data)]
 		b.buf = append(b.buf, pad...)
 		if o.p.dataDigest {
 			b.buf = binary.LittleEndian.AppendUint32(b.buf, block.UpdateCRC(block.CRC(data), pad))

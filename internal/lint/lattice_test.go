@@ -51,6 +51,7 @@ var lattice = map[string][]string{
 	"iscsi":      {"internal/...", "iscsi/pdu", "iscsi/scsi"},
 	"iscsi/pdu":  {},
 	"iscsi/scsi": {"internal/..."},
+	"iscsi/...":  {"internal/...", "iscsi", "iscsi/pdu", "iscsi/scsi"},
 
 	"deploy/etcd": {},
 
