@@ -31,9 +31,11 @@ type disk struct {
 	// failed is why the disk takes part in nothing any more (L8).
 	failed error
 
-	busy      bool // a chain of jobs of the index runs
-	needFlush bool // the reaper has changed the store since the last flush
-	needSpace bool // the log asked for free segments
+	settled   bool  // no replica opens any more
+	saved     int64 // bytes that the log had taken when the newest checkpoint began
+	busy      bool  // a chain of jobs of the index runs
+	needFlush bool  // the reaper has changed the store since the last flush
+	needSpace bool  // the log asked for free segments
 	births    []birth
 	ticks     int // of upkeep, since the last checkpoint for want of space
 }
@@ -135,9 +137,9 @@ func (d *disk) recover() error {
 			index, term := state.Applied()
 			return seglog.EntryID{Index: index, Term: term}, true
 		},
-		Live:   func(s seglog.SegmentID, _ uint64) bool { return d.index.LiveBlocks(s) > 0 },
-		Failed: d.fail,
-		Logf:   n.cfg.Logf,
+		Live:     func(s seglog.SegmentID, _ uint64) bool { return d.index.LiveBlocks(s) > 0 },
+		Parallel: n.cfg.Parallel, Failed: d.fail,
+		Logf: n.cfg.Logf,
 	})
 	if err != nil {
 		return err
@@ -190,6 +192,7 @@ func (d *disk) start() {
 		return
 	}
 	d.log.Start(d.node.loop, owner{d})
+	d.saved = -d.log.Space().ClaimedBytes // what an earlier process has left
 	for _, rep := range d.replicas() {
 		if rep.wasOpen() {
 			rep.open()

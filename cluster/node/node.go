@@ -71,6 +71,10 @@ type Config struct {
 	// NewDiskID names a disk that is formatted: random, or from a seed.
 	NewDiskID func() block.DiskID
 
+	// Parallel is how many goroutines read a disk while it opens; 0 and 1: one,
+	// in an order that replays.
+	Parallel int
+
 	Limits raftgroup.Limits // optional
 	Pace   Pace             // optional
 	// Logf takes what a person should know. Optional.
@@ -88,6 +92,9 @@ type Pace struct {
 	// CheckpointUpdates is the number of updates in memory, per disk, that
 	// starts checkpoints.
 	CheckpointUpdates int
+	// CheckpointBytes is how much the log of a disk takes between checkpoints:
+	// a start after a crash reads its headers and applies it again.
+	CheckpointBytes int64
 	// CheckpointAge bounds the age of an update that is not checkpointed.
 	CheckpointAge time.Duration
 	// Upkeep is how often all this is looked at.
@@ -98,6 +105,7 @@ type Pace struct {
 var DefaultPace = Pace{
 	SegmentBytes:      64 << 20,
 	CheckpointUpdates: 1 << 20,
+	CheckpointBytes:   1 << 30,
 	CheckpointAge:     60 * time.Second,
 	Upkeep:            200 * time.Millisecond,
 }
@@ -158,6 +166,7 @@ func Open(ctx context.Context, cfg Config) (*Node, error) {
 	p := &cfg.Pace
 	p.SegmentBytes = cmp.Or(p.SegmentBytes, DefaultPace.SegmentBytes)
 	p.CheckpointUpdates = cmp.Or(p.CheckpointUpdates, DefaultPace.CheckpointUpdates)
+	p.CheckpointBytes = cmp.Or(p.CheckpointBytes, DefaultPace.CheckpointBytes)
 	p.CheckpointAge = cmp.Or(p.CheckpointAge, DefaultPace.CheckpointAge)
 	p.Upkeep = cmp.Or(p.Upkeep, DefaultPace.Upkeep)
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 
 	"firn.io/firn/cluster/index"
+	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/clock"
 	"firn.io/firn/internal/loop"
 )
@@ -36,6 +37,7 @@ func (n *Node) upkeep() {
 
 // upkeep starts what is due on the disk: one chain of jobs at a time.
 func (d *disk) upkeep(now clock.Instant) {
+	d.settle()
 	d.truncate(d.pressed(), func(error) {})
 	if d.busy {
 		return
@@ -51,6 +53,23 @@ func (d *disk) upkeep(now clock.Instant) {
 	}
 	d.reap()
 }
+
+// settle tells the log once that no replica reads what it recovered any more.
+func (d *disk) settle() {
+	if d.settled {
+		return
+	}
+	for _, rep := range d.replicas() {
+		if rep.opening || rep.group == nil && rep.halted == nil {
+			return
+		}
+	}
+	d.settled = true
+	d.log.Recovered()
+}
+
+// logged is how much the log has taken since it was opened.
+func (d *disk) logged() int64 { return int64(d.log.Stats().BatchBlocks) * block.Size }
 
 // reap runs a job of the reaper for one replica, or for all when room is short.
 // A flush follows: only then is what they removed free.
@@ -112,12 +131,14 @@ func (d *disk) due(now clock.Instant) []*replica {
 			old = append(old, rep)
 		}
 	}
-	if updates >= pace.CheckpointUpdates {
+	if updates >= pace.CheckpointUpdates || d.logged()-d.saved >= pace.CheckpointBytes {
+		d.saved = d.logged()
 		return changed
 	}
 	if (d.pressed() || trimmed && d.crowded()) && d.ticks >= checkpointPause {
 		d.ticks = 0
 		d.needSpace = false
+		d.saved = d.logged()
 		return changed
 	}
 	return old

@@ -25,6 +25,10 @@ import (
 	"firn.io/firn/internal/vfs/pebblefs"
 )
 
+// recoveryReaders is how many goroutines read a disk while it opens: enough to
+// keep an SSD busy.
+const recoveryReaders = 8
+
 // storageConfig is what one storage node is started with.
 type storageConfig struct {
 	id        block.NodeID
@@ -84,6 +88,7 @@ func openStorage(ctx context.Context, cfg storageConfig, parts *stack) (*storage
 			return pebblestore.Open(dir, pebblestore.Options{FS: pebblefs.New(fs, vfs.ClassIndex), Log: slog.Default()})
 		},
 		Network: network, Meta: cfg.store, Loop: l, Incarnation: session, Created: time.Now().UTC().Format(time.RFC3339),
+		Parallel:  recoveryReaders,
 		NewDiskID: func() block.DiskID { return block.NewUUID() },
 		Logf:      func(format string, args ...any) { slog.Info(fmt.Sprintf(format, args...), "node", cfg.id) },
 	}
