@@ -196,7 +196,7 @@ func (n *session) admit(t *task) error {
 	if t.flags&pdu.Read != 0 && t.flags&pdu.Write != 0 {
 		t.broken = &scsi.Result{Status: scsi.CheckCondition, Sense: scsi.InvalidOpcode()}
 	}
-	if _, twice := n.tasks[t.itt]; twice || t.itt == pdu.NoTag {
+	if u := n.tasks[t.itt]; u != nil && u.stage != answering || t.itt == pdu.NoTag {
 		n.mu.Unlock()
 		return fmt.Errorf("iscsi: task tag %#x is in use", t.itt)
 	}

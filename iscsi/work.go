@@ -238,12 +238,13 @@ func (n *session) respond(t *task, r *scsi.Result, done func()) {
 // leave forgets a task that is over.
 func (n *session) leave(t *task) {
 	n.mu.Lock()
+	// The initiator may have used the tag again since it was answered.
 	if n.tasks[t.itt] == t {
 		delete(n.tasks, t.itt)
-		if t.isOrdered() {
-			n.ordered--
-			n.wake.Broadcast()
-		}
+	}
+	if t.isOrdered() {
+		n.ordered--
+		n.wake.Broadcast()
 	}
 	gone := t.gone
 	t.gone = nil
