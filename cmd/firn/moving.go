@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync"
 	"time"
@@ -81,7 +82,7 @@ func (a adminAPI) DetachVolume(ctx context.Context, r *clusterpb.DetachVolumeReq
 	default:
 		err = a.askOwner(ctx, owner.Gateway, r)
 	}
-	if k := block.KindOf(err); err == nil || k != block.Unavailable && k != block.NotFound {
+	if !errors.Is(err, block.Unavailable) && !errors.Is(err, block.NotFound) {
 		return out, err
 	}
 	if !r.Force {
@@ -108,7 +109,7 @@ func (s *served) detachHere(ctx context.Context, v meta.VolumeMeta, force bool) 
 		slog.Info("volume is given away", "volume", v.Name, "connections", cut)
 	}
 	err := s.gateway.Detach(ctx, v.ID, force)
-	if block.KindOf(err) == block.Busy {
+	if errors.Is(err, block.Busy) {
 		clients := 0
 		for _, o := range s.gateway.Volumes() {
 			if o.Geometry.ID == v.ID {
@@ -139,7 +140,7 @@ func (s *served) askOwner(ctx context.Context, id string, r *clusterpb.DetachVol
 		ctx, cancel := context.WithTimeout(ctx, askOwnerTime)
 		defer cancel()
 		_, err = clusterpb.NewAdminClient(conn).DetachVolume(ctx, &clusterpb.DetachVolumeRequest{Name: r.Name, Force: r.Force, Forwarded: true})
-		if err = fromStatus(err, g.Addr); block.KindOf(err) == block.Unavailable {
+		if err = fromStatus(err, g.Addr); errors.Is(err, block.Unavailable) {
 			return block.Errorf(block.Unavailable, "no answer from %s", g.Addr)
 		}
 		return err

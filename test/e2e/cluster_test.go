@@ -73,7 +73,7 @@ func sinceStart() func() time.Duration {
 }
 
 // checkAll reads every sector that the load may have written and judges it.
-func checkAll(t testing.TB, dev *nbdDevice, load *stamp.Load, sectors int64) {
+func checkAll(t testing.TB, dev stamp.Device, load *stamp.Load, sectors int64) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -93,7 +93,7 @@ func checkAll(t testing.TB, dev *nbdDevice, load *stamp.Load, sectors int64) {
 }
 
 // background runs a load until stop is called; stop returns how it ended.
-func background(load *stamp.Load, dev *nbdDevice) (stop func() error) {
+func background(load *stamp.Load, dev stamp.Device) (stop func() error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- load.Run(ctx, dev, sinceStart()) }()
