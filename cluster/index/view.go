@@ -40,6 +40,15 @@ func (r *Replica) View() *View {
 	return &View{db: r.db, snap: r.db.acquire(), local: r.local}
 }
 
+// DataBytes is about how many bytes of this disk the replica's data take.
+func (r *Replica) DataBytes() int64 {
+	n := int64(0)
+	for _, v := range r.order {
+		n += r.Usage(v.record.Volume)
+	}
+	return n
+}
+
 // Release ends the use, on the Loop. Scan and Place must not be running.
 func (v *View) Release() { v.db.release(v.snap) }
 

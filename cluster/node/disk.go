@@ -293,6 +293,7 @@ func (d *disk) fail(err error) {
 	n := d.node
 	n.logf("disk %v in %s failed and is out: %v", d.id, d.cfg.Dir, err)
 	for _, rep := range d.replicas() {
+		n.installs.stop(rep)
 		rep.close()
 		delete(n.replicas, rep.key.Group)
 	}

@@ -97,6 +97,9 @@ type Pace struct {
 	CheckpointBytes int64
 	// CheckpointAge bounds the age of an update that is not checkpointed.
 	CheckpointAge time.Duration
+	// CopyBytes is how much data per second a node sends at most to replicas that
+	// are filled from its own (C3), so that clients keep the rest of the disks.
+	CopyBytes int64
 	// Upkeep is how often all this is looked at.
 	Upkeep time.Duration
 }
@@ -107,6 +110,7 @@ var DefaultPace = Pace{
 	CheckpointUpdates: 1 << 20,
 	CheckpointBytes:   1 << 30,
 	CheckpointAge:     60 * time.Second,
+	CopyBytes:         128 << 20,
 	Upkeep:            200 * time.Millisecond,
 }
 
@@ -132,6 +136,8 @@ type Node struct {
 	peers    *peers
 	orders   *orders
 	space    *space
+	views    *views
+	installs *installs
 	register registration
 	session  *meta.Session
 	nodes    *meta.Mirror
@@ -169,9 +175,11 @@ func Open(ctx context.Context, cfg Config) (*Node, error) {
 	p.CheckpointBytes = cmp.Or(p.CheckpointBytes, DefaultPace.CheckpointBytes)
 	p.CheckpointAge = cmp.Or(p.CheckpointAge, DefaultPace.CheckpointAge)
 	p.Upkeep = cmp.Or(p.Upkeep, DefaultPace.Upkeep)
+	p.CopyBytes = cmp.Or(p.CopyBytes, DefaultPace.CopyBytes)
 
 	n := &Node{cfg: cfg, loop: cfg.Loop, replicas: make(map[block.GroupID]*replica), senders: make(map[transport.Peer]block.NodeID)}
 	n.peers, n.orders, n.space = newPeers(n), newOrders(n), newSpace(n)
+	n.views, n.installs = newViews(n), newInstalls(n)
 	n.register.node = n
 	usable := 0
 	var first error
@@ -237,6 +245,8 @@ func (n *Node) ID() block.NodeID { return n.cfg.ID }
 // Loop. It may be called once, after Start has succeeded.
 func (n *Node) Stop(done func(error)) {
 	n.stopping = true
+	n.installs.stopAll()
+	n.views.endAll()
 	n.nodes.Stop()
 	n.groups.Stop()
 	n.host.Drain(func() {

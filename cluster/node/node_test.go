@@ -49,6 +49,8 @@ type lab struct {
 	// capacity is what each disk may fill, in bytes.
 	capacity int64
 	age      time.Duration // of what is not checkpointed
+	// logBytes and copyBytes are node.Pace's LogBytes and CopyBytes.
+	logBytes, copyBytes int64
 }
 
 func newLab(t *testing.T, nodes int) *lab {
@@ -91,8 +93,9 @@ func (m *machine) start() {
 		Meta:        m.lab.meta.Client(),
 		Incarnation: uint64(m.loop.Rand().Int64()),
 		NewDiskID:   func() block.DiskID { return block.NewUUID() },
-		Pace:        node.Pace{SegmentBytes: 4 << 20, CheckpointAge: m.lab.age, Upkeep: 20 * time.Millisecond},
-		Logf:        func(format string, args ...any) { m.t.Logf(addr+": "+format, args...) },
+		Pace: node.Pace{SegmentBytes: 4 << 20, CheckpointAge: m.lab.age, Upkeep: 20 * time.Millisecond,
+			LogBytes: m.lab.logBytes, CopyBytes: m.lab.copyBytes},
+		Logf: func(format string, args ...any) { m.t.Logf(addr+": "+format, args...) },
 	})
 	if err != nil {
 		m.t.Fatal(err)

@@ -75,5 +75,6 @@ func (c *peerConn) Receive(p transport.Peer, m transport.Message) { c.peers.node
 func (c *peerConn) Closed(transport.Peer, error) {
 	if c.peers.conns[c.id] == c && !c.peers.node.stopped {
 		c.peers.node.host.Unreachable(c.id)
+		c.peers.node.installs.lost(c.id)
 	}
 }

@@ -36,6 +36,9 @@ type replica struct {
 	dirty      bool
 
 	truncating bool
+	// behind is what some member lacked at behindSince; 0: none did.
+	behind      uint64
+	behindSince clock.Instant
 
 	layouts map[block.VolumeID]knownLayout
 	disks   []block.DiskID // of all replicas of the group, from orders; nil: ask
@@ -68,9 +71,20 @@ func (rep *replica) open() {
 	if rep.opening || rep.group != nil || rep.halted != nil || rep.disk.failed != nil || n.stopping {
 		return
 	}
+	if _, mixed := rep.state.Installing(); mixed || n.installs.all[rep.key.Group] != nil {
+		n.installs.start(rep, 0, 0)
+		return
+	}
+	if l := rep.disk.log.Replica(rep.key); l.Durable() < l.LastIndex() {
+		n.loop.After(n.cfg.Pace.Upkeep, rep.open) // what it wrote before it was closed is on its way
+		return
+	}
 	rep.opening = true
 	n.host.Open(raftgroup.GroupConfig{
 		Group: rep.key.Group, Replica: rep.key.Replica, Disk: rep.disk.id, Log: rep.log(), State: machine{rep},
+		Behind: func(_ *raftgroup.Group, leader block.NodeID, at raftgroup.EntryID) {
+			n.installs.behind(rep, leader, at.Index)
+		},
 		Failed: func(_ *raftgroup.Group, err error) { rep.halt(err) },
 	}, func(g *raftgroup.Group, err error) {
 		rep.opening = false
@@ -187,6 +201,9 @@ func (rep *replica) status() ReplicaStatus {
 		DurablyApplied: rep.state.DurablyApplied(), LogFirst: log.FirstIndex(), LogLast: log.LastIndex()}
 	if rep.halted != nil {
 		s.Failed = rep.halted.Error()
+	}
+	if in := rep.node.installs.all[rep.key.Group]; in != nil && in.rep == rep {
+		s.Copy = in.status(rep.node.loop.Now())
 	}
 	if g := rep.group; g != nil {
 		s.Leading, s.Term, s.Committed = g.Leading(), g.Term(), g.Committed()

@@ -36,6 +36,11 @@ func (n *Node) Receive(p transport.Peer, m transport.Message) {
 		if err == nil && h.Node != 0 {
 			n.senders[p] = h.Node
 		}
+	case transport.TypeCopy:
+		n.views.request(p, m.Header)
+		m.Release()
+	case transport.TypeCopied:
+		n.installs.answered(m)
 	case transport.TypeSpace:
 		n.space.receive(m.Header)
 		m.Release()

@@ -25,6 +25,10 @@ type Counters struct {
 	// (runs of blocks, by collection) and Reaped (jobs of the reaper) count the
 	// work in the background.
 	Checkpoints, Flushes, Truncations, Moved, Reaped uint64
+	// Copies counts replicas that began to be filled from another one's state,
+	// CopiesDone those that were, CopyFailures attempts that stopped. CopyViews
+	// counts views that others read here. Bytes are of data.
+	Copies, CopiesDone, CopyFailures, CopyViews, CopyBytesIn, CopyBytesOut uint64
 }
 
 func (c *Counters) answered(k wire.RequestKind, st wire.Status) {
@@ -68,6 +72,9 @@ type ReplicaStatus struct {
 	Committed         uint64
 	DurablyApplied    uint64
 	LogFirst, LogLast uint64
+	// Copy is set while the replica is filled from another one's state, because
+	// it is new or behind the log; then it is not open.
+	Copy *CopyStatus
 }
 
 // Status is a snapshot of a node.
@@ -113,13 +120,13 @@ func (n *Node) Status() Status {
 }
 
 // Ready tells whether the node is registered, holds its lease and has opened
-// every replica on its usable disks.
+// every replica on its usable disks but those that are filled from others.
 func (n *Node) Ready() bool {
 	if n.stopping || !n.register.done || !n.session.Valid() {
 		return false
 	}
 	for _, rep := range n.replicas {
-		if rep.group == nil && rep.disk.failed == nil {
+		if rep.group == nil && rep.disk.failed == nil && n.installs.all[rep.key.Group] == nil {
 			return false
 		}
 	}

@@ -28,6 +28,7 @@ func (n *Node) upkeep() {
 	for _, rep := range n.sorted() {
 		rep.expire(now)
 	}
+	n.views.upkeep(now)
 	for _, d := range n.disks {
 		if d.failed == nil {
 			d.upkeep(now)
@@ -200,7 +201,8 @@ func (d *disk) run(job *index.Job, done func(error)) {
 }
 
 // truncate drops from each log what a flushed checkpoint holds and no follower
-// still needs (L7). Without need, only where it is worth a write.
+// still needs (L7); under pressure also what a follower has needed for long.
+// Without need, only where it is worth a write.
 func (d *disk) truncate(need bool, done func(error)) {
 	waiting := 1
 	var first error
@@ -214,10 +216,7 @@ func (d *disk) truncate(need bool, done func(error)) {
 		if rep.group == nil || rep.group.Err() != nil || rep.truncating {
 			continue
 		}
-		from, upTo := rep.log().FirstIndex(), rep.state.DurablyApplied()
-		if conf := rep.group.Conf(); len(conf.Members) > 1 {
-			upTo = min(upTo, rep.group.SlowestMatch())
-		}
+		from, upTo := rep.log().FirstIndex(), rep.truncatable(d.pressed())
 		if upTo < from || !need && upTo-from < truncateEntries {
 			continue
 		}
