@@ -60,6 +60,7 @@ type change struct {
 	left   int
 	size   int64 // of the device when the change was prepared
 	zeros  bool  // trim or write of zeroes
+	merged bool  // it is of the merger's batch at work
 	err    error
 	finish func() // called once, on the loop; err is set
 }
@@ -244,6 +245,15 @@ func (c *change) start() {
 		c.fail(canceled(c.ctx))
 		return
 	}
+	if c.zeros && c.n >= mergeBytes {
+		c.v.merger.admit(c)
+		return
+	}
+	c.claim()
+}
+
+// claim asks for the blocks of the change.
+func (c *change) claim() {
 	if !c.v.marks.claim(&c.mark) {
 		c.v.stats.waited.Add(1)
 	}
@@ -376,7 +386,12 @@ func (c *change) end() {
 			c.pieces[i].buf = nil
 		}
 	}
-	c.finish()
+	merged, v := c.merged, c.v
+	c.merged = false
+	c.finish() // c is its caller's again
+	if merged {
+		v.merger.done()
+	}
 }
 
 func first(a, b error) error {

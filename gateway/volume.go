@@ -32,6 +32,7 @@ type Volume struct {
 
 	// On the loop.
 	marks   marks
+	merger  merger
 	onEnded func(error)
 
 	// budget bounds the bytes of the operations that are in flight, counting
