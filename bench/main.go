@@ -71,13 +71,17 @@ func run(ctx context.Context, o options) error {
 		}
 		rows = append(rows, r...)
 	}
+	front, err := measureNBD(ctx, o, dir)
+	if err != nil {
+		return err
+	}
 	var micro []string
 	if o.micro {
 		if micro, err = microBenchmarks(ctx); err != nil {
 			return err
 		}
 	}
-	page := report(rows, micro, o)
+	page := report(rows, front, micro, o)
 	fmt.Print(page)
 	if o.out == "-" {
 		return nil

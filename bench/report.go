@@ -35,7 +35,7 @@ const (
 	endMark   = "<!-- measured: end -->"
 )
 
-func report(rows []row, micro []string, o options) string {
+func report(rows []row, front, micro []string, o options) string {
 	var b strings.Builder
 	p := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
 	p("%s", beginMark)
@@ -54,6 +54,9 @@ func report(rows []row, micro []string, o options) string {
 				}
 			}
 		}
+	}
+	for _, l := range front {
+		p("%s", l)
 	}
 	if len(micro) > 0 {
 		p("\n### Single parts (`go test -bench`)\n\n```")
