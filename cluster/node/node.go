@@ -13,7 +13,10 @@
 //   - A read is answered from one pinned view whose applied index is at or above
 //     the read's token, and says which (R1).
 //   - The log of a replica is truncated only up to what a flushed checkpoint
-//     holds (L7), and while a follower needs it, not below what it has.
+//     holds (L7); as long as the logs of the disk are within their cap, not what
+//     a follower still needs. One that needs more is filled from chunk tables.
+//   - A replica whose state is a mixture of two is in no group and serves
+//     nothing (C3).
 //   - A disk whose sync failed takes no part in anything any more, now and after
 //     a restart (L8).
 package node
@@ -71,8 +74,8 @@ type Config struct {
 	// NewDiskID names a disk that is formatted: random, or from a seed.
 	NewDiskID func() block.DiskID
 
-	// Parallel is how many goroutines read a disk while it opens; 0 and 1: one,
-	// in an order that replays.
+	// Parallel is how many goroutines read a disk while it opens, and for one
+	// request of blocks that lie apart; 0 and 1: one, in an order that replays.
 	Parallel int
 
 	Limits raftgroup.Limits // optional

@@ -157,10 +157,16 @@ func appendRun(runs []wire.Run, r wire.Run) []wire.Run {
 	return append(runs, r)
 }
 
-// readRuns reads the data runs one after the other into dst and checks each
-// block against its CRC. Runs that lie one after the other on the disk are read
-// at once. It blocks.
-func readRuns(log *seglog.Log, runs []index.Run, dst []byte) error {
+// stretch is runs that lie one after the other on the disk: one read.
+type stretch struct {
+	runs []index.Run
+	dst  []byte
+}
+
+// stretches cuts dst, which has room for all data of runs, into what is read at
+// once.
+func stretches(runs []index.Run, dst []byte) ([]stretch, error) {
+	var out []stretch
 	for i := 0; i < len(runs); {
 		if runs[i].State != block.Data {
 			i++
@@ -169,24 +175,40 @@ func readRuns(log *seglog.Log, runs []index.Run, dst []byte) error {
 		from, blocks, next := i, 0, seglog.Location{}
 		for i < len(runs) && runs[i].State == block.Data && (i == from || runs[i].Place.At == next) {
 			if p := runs[i].Place; p.Kind != index.KindLocal || p.Framed {
-				return block.Errorf(block.Unsupported, "blocks are stored in a way that this build does not read (kind %d)", p.Kind)
+				return nil, block.Errorf(block.Unsupported, "blocks are stored in a way that this build does not read (kind %d)", p.Kind)
 			}
 			blocks += int(runs[i].Count)
 			next = seglog.Location{Segment: runs[i].Place.At.Segment, Block: runs[i].Place.At.Block + runs[i].Count}
 			i++
 		}
-		part := dst[:blocks*block.Size]
-		dst = dst[len(part):]
-		if err := log.ReadBlocks(runs[from].Place.At, part); err != nil {
-			return err
-		}
-		for _, r := range runs[from:i] {
-			for b, want := range r.CRCs {
-				if block.CRC(part[:block.Size]) != want {
-					return block.Errorf(block.Corrupt, "block %d, at %d.%d of the log, fails its checksum", int(r.Block)+b, r.Place.At.Segment, int(r.Place.At.Block)+b)
-				}
-				part = part[block.Size:]
+		out = append(out, stretch{runs[from:i], dst[:blocks*block.Size]})
+		dst = dst[blocks*block.Size:]
+	}
+	return out, nil
+}
+
+// readRuns reads the data runs into dst, one behind the other, and checks each
+// block against its CRC. Blocks that were written at random lie apart, and one
+// after the other they would cost the disk's latency each. It blocks.
+func readRuns(log *seglog.Log, runs []index.Run, dst []byte) error {
+	parts, err := stretches(runs, dst)
+	if err != nil {
+		return err
+	}
+	return log.ReadEach(len(parts), func(i int) error { return parts[i].read(log) })
+}
+
+func (s stretch) read(log *seglog.Log) error {
+	if err := log.ReadBlocks(s.runs[0].Place.At, s.dst); err != nil {
+		return err
+	}
+	part := s.dst
+	for _, r := range s.runs {
+		for b, want := range r.CRCs {
+			if block.CRC(part[:block.Size]) != want {
+				return block.Errorf(block.Corrupt, "block %d, at %d.%d of the log, fails its checksum", int(r.Block)+b, r.Place.At.Segment, int(r.Place.At.Block)+b)
 			}
+			part = part[block.Size:]
 		}
 	}
 	return nil

@@ -23,8 +23,8 @@ type Options struct {
 	// segment. It is asked at open only, and only when no segment is free
 	// otherwise; nil is yes.
 	Live func(SegmentID, uint64) bool
-	// Parallel is how many goroutines read the disk while it opens; 0 and 1: none
-	// but the caller's, in an order that replays.
+	// Parallel is how many goroutines read the disk while it opens, and for one
+	// ReadEach; 0 and 1: none but the caller's, in an order that replays.
 	Parallel int
 	// Failed, if set, is called on the Loop once when the disk fails (L8). The
 	// disk is marked by then.

@@ -88,6 +88,11 @@ func (l *Log) ReadBlocks(loc Location, p []byte) error {
 	return nil
 }
 
+// ReadEach calls f, which uses ReadBlocks, for 0 to n-1 in any order, several at
+// once if the Options say so. It returns when all have returned, with the error
+// of one that failed. It blocks and may be called anywhere.
+func (l *Log) ReadEach(n int, f func(int) error) error { return each(l.opt.Parallel, n, f) }
+
 func (l *Log) closedError() error {
 	return block.Errorf(block.Unavailable, "the log of disk %v is closed", l.sb.Disk)
 }

@@ -6,7 +6,7 @@ import "sync"
 // It returns the first error; what was not begun by then is left out. With one
 // worker it runs in order on the caller's goroutine.
 func each(workers, n int, f func(i int) error) error {
-	if workers <= 1 {
+	if workers <= 1 || n <= 1 {
 		for i := range n {
 			if err := f(i); err != nil {
 				return err
