@@ -763,6 +763,16 @@ type Disk struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	CapacityBytes int64                  `protobuf:"varint,2,opt,name=capacity_bytes,json=capacityBytes,proto3" json:"capacity_bytes,omitempty"`
 	Failed        bool                   `protobuf:"varint,3,opt,name=failed,proto3" json:"failed,omitempty"`
+	// What its node says: ok, filling, slow, full, failed; empty if the node did
+	// not answer. Fill counts in room_bytes: live data and what logs claim.
+	State      string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
+	Reason     string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
+	RoomBytes  int64  `protobuf:"varint,6,opt,name=room_bytes,json=roomBytes,proto3" json:"room_bytes,omitempty"`
+	TakenBytes int64  `protobuf:"varint,7,opt,name=taken_bytes,json=takenBytes,proto3" json:"taken_bytes,omitempty"`
+	LiveBytes  int64  `protobuf:"varint,8,opt,name=live_bytes,json=liveBytes,proto3" json:"live_bytes,omitempty"`
+	LogBytes   int64  `protobuf:"varint,9,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
+	// Reads of blocks that failed their checksums since the node was started.
+	CorruptReads  uint64 `protobuf:"varint,10,opt,name=corrupt_reads,json=corruptReads,proto3" json:"corrupt_reads,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -818,15 +828,68 @@ func (x *Disk) GetFailed() bool {
 	return false
 }
 
+func (x *Disk) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Disk) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *Disk) GetRoomBytes() int64 {
+	if x != nil {
+		return x.RoomBytes
+	}
+	return 0
+}
+
+func (x *Disk) GetTakenBytes() int64 {
+	if x != nil {
+		return x.TakenBytes
+	}
+	return 0
+}
+
+func (x *Disk) GetLiveBytes() int64 {
+	if x != nil {
+		return x.LiveBytes
+	}
+	return 0
+}
+
+func (x *Disk) GetLogBytes() int64 {
+	if x != nil {
+		return x.LogBytes
+	}
+	return 0
+}
+
+func (x *Disk) GetCorruptReads() uint64 {
+	if x != nil {
+		return x.CorruptReads
+	}
+	return 0
+}
+
 type Node struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
-	Addr          string                 `protobuf:"bytes,2,opt,name=addr,proto3" json:"addr,omitempty"`
-	Zone          string                 `protobuf:"bytes,3,opt,name=zone,proto3" json:"zone,omitempty"`
-	Alive         bool                   `protobuf:"varint,4,opt,name=alive,proto3" json:"alive,omitempty"`
-	Disks         []*Disk                `protobuf:"bytes,5,rep,name=disks,proto3" json:"disks,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Addr  string                 `protobuf:"bytes,2,opt,name=addr,proto3" json:"addr,omitempty"`
+	Zone  string                 `protobuf:"bytes,3,opt,name=zone,proto3" json:"zone,omitempty"`
+	Alive bool                   `protobuf:"varint,4,opt,name=alive,proto3" json:"alive,omitempty"`
+	Disks []*Disk                `protobuf:"bytes,5,rep,name=disks,proto3" json:"disks,omitempty"`
+	// What the node says of its replicas; 0 if it did not answer.
+	Replicas       uint32 `protobuf:"varint,6,opt,name=replicas,proto3" json:"replicas,omitempty"`
+	HaltedReplicas uint32 `protobuf:"varint,7,opt,name=halted_replicas,json=haltedReplicas,proto3" json:"halted_replicas,omitempty"`
+	HaltedReason   string `protobuf:"bytes,8,opt,name=halted_reason,json=haltedReason,proto3" json:"halted_reason,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Node) Reset() {
@@ -892,6 +955,27 @@ func (x *Node) GetDisks() []*Disk {
 		return x.Disks
 	}
 	return nil
+}
+
+func (x *Node) GetReplicas() uint32 {
+	if x != nil {
+		return x.Replicas
+	}
+	return 0
+}
+
+func (x *Node) GetHaltedReplicas() uint32 {
+	if x != nil {
+		return x.HaltedReplicas
+	}
+	return 0
+}
+
+func (x *Node) GetHaltedReason() string {
+	if x != nil {
+		return x.HaltedReason
+	}
+	return ""
 }
 
 type ListNodesRequest struct {
@@ -1321,17 +1405,31 @@ const file_admin_proto_rawDesc = "" +
 	"\tforwarded\x18\x03 \x01(\bR\tforwarded\"J\n" +
 	"\x14DetachVolumeResponse\x12\x18\n" +
 	"\agateway\x18\x01 \x01(\tR\agateway\x12\x18\n" +
-	"\aremoved\x18\x02 \x01(\bR\aremoved\"U\n" +
+	"\aremoved\x18\x02 \x01(\bR\aremoved\"\xa4\x02\n" +
 	"\x04Disk\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
 	"\x0ecapacity_bytes\x18\x02 \x01(\x03R\rcapacityBytes\x12\x16\n" +
-	"\x06failed\x18\x03 \x01(\bR\x06failed\"\x7f\n" +
+	"\x06failed\x18\x03 \x01(\bR\x06failed\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\x12\x16\n" +
+	"\x06reason\x18\x05 \x01(\tR\x06reason\x12\x1d\n" +
+	"\n" +
+	"room_bytes\x18\x06 \x01(\x03R\troomBytes\x12\x1f\n" +
+	"\vtaken_bytes\x18\a \x01(\x03R\n" +
+	"takenBytes\x12\x1d\n" +
+	"\n" +
+	"live_bytes\x18\b \x01(\x03R\tliveBytes\x12\x1b\n" +
+	"\tlog_bytes\x18\t \x01(\x03R\blogBytes\x12#\n" +
+	"\rcorrupt_reads\x18\n" +
+	" \x01(\x04R\fcorruptReads\"\xe9\x01\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x12\n" +
 	"\x04zone\x18\x03 \x01(\tR\x04zone\x12\x14\n" +
 	"\x05alive\x18\x04 \x01(\bR\x05alive\x12)\n" +
-	"\x05disks\x18\x05 \x03(\v2\x13.firn.admin.v1.DiskR\x05disks\"\x12\n" +
+	"\x05disks\x18\x05 \x03(\v2\x13.firn.admin.v1.DiskR\x05disks\x12\x1a\n" +
+	"\breplicas\x18\x06 \x01(\rR\breplicas\x12'\n" +
+	"\x0fhalted_replicas\x18\a \x01(\rR\x0ehaltedReplicas\x12#\n" +
+	"\rhalted_reason\x18\b \x01(\tR\fhaltedReason\"\x12\n" +
 	"\x10ListNodesRequest\">\n" +
 	"\x11ListNodesResponse\x12)\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x13.firn.admin.v1.NodeR\x05nodes\"\x0f\n" +

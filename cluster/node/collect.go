@@ -51,6 +51,7 @@ func (o owner) NeedSpace() { o.disk.needSpace = true }
 func (o owner) Damaged(r seglog.Record, at seglog.Location) {
 	d := o.disk
 	d.node.counters.CorruptReads++
+	d.corrupt++
 	d.node.logf("disk %v: blocks at %d.%d of the log (group %d, volume %v, chunk %d, block %d) fail their checksums",
 		d.id, at.Segment, at.Block, r.Key.Group, r.Volume, r.Chunk, r.Block)
 }

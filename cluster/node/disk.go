@@ -30,6 +30,8 @@ type disk struct {
 
 	// failed is why the disk takes part in nothing any more (L8).
 	failed error
+	// corrupt counts what failed its checksums since the node was opened.
+	corrupt uint64
 
 	settled   bool  // no replica opens any more
 	saved     int64 // bytes that the log had taken when the newest checkpoint began
@@ -356,7 +358,14 @@ const (
 // room is what live data and logs may fill. On a small disk it is much less
 // than all; there, too, writes are refused before they would wait for segments
 // that never become free.
-func (d *disk) room() int64 { return d.size() - reserveSegments*d.sb.SegmentBytes }
+func (d *disk) room() int64 {
+	sp := d.log.Space()
+	size := sp.TotalBytes
+	if sp.Refused { // what others have taken of the file system is not there
+		size = min(size, sp.FileBytes)
+	}
+	return size - reserveSegments*d.sb.SegmentBytes
+}
 
 // taken is what counts as full of room (S7). Segments that the log claims count
 // whole: what is dead in them cannot be collected before they are truncated.
@@ -370,7 +379,7 @@ func (d *disk) logCap() int64 {
 }
 
 func (d *disk) status() DiskStatus {
-	s := DiskStatus{ID: d.id, Dir: d.cfg.Dir, SizeBytes: d.size()}
+	s := DiskStatus{ID: d.id, Dir: d.cfg.Dir, SizeBytes: d.size(), Health: d.health()}
 	if d.failed != nil {
 		s.Failed = d.failed.Error()
 		return s

@@ -515,6 +515,7 @@ func TestTrimMakesRoom(t *testing.T) {
 				full-- // the same again, until the disk has been full for long
 				continue
 			}
+			wantFull(t, c)
 			break
 		}
 		if !ok || got.resp.Status != wire.StatusOK || full == 200 {
@@ -535,6 +536,19 @@ func TestTrimMakesRoom(t *testing.T) {
 		if got := a.read(1, ch, 0, blocks); !bytes.Equal(got, p) {
 			t.Errorf("chunk %d does not hold its last write", ch)
 		}
+	}
+}
+
+// wantFull asks the node how it is: its disk refuses writes, and it says so.
+func wantFull(t *testing.T, c *client) {
+	t.Helper()
+	got, ok := c.ask(1, wire.Request{Kind: wire.ReqHealth}, nil)
+	h, err := wire.DecodeHealth(got.resp.Health)
+	if !ok || err != nil || len(h.Disks) != 1 || h.Halted != 0 || h.Replicas == 0 {
+		t.Fatalf("health %+v, %v, %v", h, ok, err)
+	}
+	if d := h.Disks[0]; d.State != wire.DiskFull || d.Reason == "" || d.Percent() < 90 || d.LiveBytes == 0 {
+		t.Fatalf("a disk that refuses writes says %+v", d)
 	}
 }
 

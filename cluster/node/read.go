@@ -96,6 +96,7 @@ func (o *op) finishRead(f *fetch) {
 	}
 	if f.err != nil {
 		o.node.counters.CorruptReads++
+		o.rep.disk.corrupt++
 		o.node.logf("group %d replica %d: read of volume %v, chunk %d, blocks %d to %d: %v",
 			o.rep.key.Group, o.rep.key.Replica, o.req.Volume, o.req.Chunk, o.req.Block, int(o.req.Block)+int(o.req.Count)-1, f.err)
 		o.refuse(wire.StatusCorrupt, f.err.Error())

@@ -72,6 +72,13 @@ func (n *Node) request(p transport.Peer, m transport.Message) {
 		o.refuse(wire.StatusInvalid, err.Error())
 		return
 	}
+	if q.Kind == wire.ReqHealth {
+		m.Release()
+		h := n.health()
+		resp := wire.Response{Status: wire.StatusOK, Health: wire.AppendHealth(nil, &h)}
+		(&op{node: n, peer: p, req: q}).answer(&resp, nil)
+		return
+	}
 	o := &op{node: n, peer: p, req: q, rep: n.replicas[q.Group]}
 	if !n.admit(o) {
 		m.Release()

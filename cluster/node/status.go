@@ -10,7 +10,7 @@ import (
 // Counters count since the node was opened.
 type Counters struct {
 	// Requests by kind, and answers by status.
-	Requests [wire.ReqRecord + 1]uint64
+	Requests [wire.ReqHealth + 1]uint64
 	Answers  [wire.StatusNoVolume + 1]uint64
 	// Unsent counts answers for peers that were gone or did not take them.
 	Unsent uint64
@@ -46,6 +46,9 @@ type DiskStatus struct {
 	Dir string
 	// Failed is why the disk takes no part, or empty.
 	Failed string
+	// Health is what the disk does with new writes, why, and what failed its
+	// checksums.
+	Health wire.DiskHealth
 	// SizeBytes is what Firn may fill, TakenBytes what it has (S7), of which
 	// LogBytes are claimed by logs and LiveBytes are data.
 	SizeBytes, TakenBytes, LogBytes, LiveBytes int64

@@ -106,7 +106,7 @@ func (l *Log) makeSpare() {
 			s.state = free
 		case block.KindOf(err) == block.NoSpace:
 			s.state = missing
-			l.space.full = true
+			l.refusedFile()
 		default:
 			s.state = missing
 			l.fail(err)

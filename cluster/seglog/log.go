@@ -69,8 +69,9 @@ type Log struct {
 	pins  pins
 	idle  idler
 	space struct {
-		reused int64
-		full   bool // the file system refused a new segment
+		reused  int64
+		full    bool // the file system refused a new segment: none is tried
+		refused bool // it did, and has taken none since
 	}
 	stats   Stats
 	damaged []Damage

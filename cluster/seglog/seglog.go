@@ -150,6 +150,9 @@ type Space struct {
 	ReusedBytes int64 // freed segments since open
 	MovedBytes  int64 // payload that collection has copied since open
 	Pins        int   // held
+	// Refused: the file system had no room for the last segment that was to be
+	// made. The log tries again by itself.
+	Refused bool
 }
 
 // Stats counts since open.

@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/vfs"
@@ -110,6 +111,7 @@ func (l *Log) makeFile(id SegmentID) (vfs.File, error) {
 }
 
 func (l *Log) setFile(s *segment, f vfs.File) {
+	l.space.refused = false
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	s.file, s.fresh = f, true
@@ -347,10 +349,46 @@ func (l *Log) endClaims(ends []claimEnd) {
 	}
 }
 
+// refusedRetry is how long after the file system was full it is tried again.
+const refusedRetry = time.Second
+
+// refusedFile takes note that the file system has no room for a segment. It is
+// tried again: room may come back without the log's doing.
+func (l *Log) refusedFile() {
+	if !l.space.refused {
+		l.logf("disk %v: its file system has no room for another segment of %d bytes: the log goes on with the %d that it has", l.sb.Disk, l.sb.SegmentBytes, l.filesMade())
+	}
+	l.space.refused = true
+	if l.space.full {
+		return
+	}
+	l.space.full = true
+	l.loop.After(refusedRetry, func() {
+		l.space.full = false
+		l.rest()
+		if l.w.stalled {
+			l.pumpLater()
+		}
+	})
+}
+
+// filesMade counts the segments that have a file.
+func (l *Log) filesMade() (n int) {
+	for _, s := range l.segs {
+		if s.state != missing {
+			n++
+		}
+	}
+	return n
+}
+
+// Stalled tells whether writes wait for a segment to become free.
+func (l *Log) Stalled() bool { return l.w.stalled }
+
 // Space tells how the room of the disk is used.
 func (l *Log) Space() Space {
 	sp := Space{TotalBytes: int64(l.maxSegments) * l.sb.SegmentBytes, ReusedBytes: l.space.reused,
-		MovedBytes: int64(l.stats.MoveBlocks) * block.Size, Pins: l.pins.count()}
+		MovedBytes: int64(l.stats.MoveBlocks) * block.Size, Pins: l.pins.count(), Refused: l.space.refused}
 	for _, s := range l.segs {
 		if s.state != missing {
 			sp.FileBytes += l.sb.SegmentBytes

@@ -742,7 +742,7 @@ func (l *Log) finishFailed() {
 		l.mu.Lock()
 		r.seg.state, r.seg.generation = missing, 0
 		l.mu.Unlock()
-		l.space.full = true
+		l.refusedFile()
 		l.stall()
 		return
 	}

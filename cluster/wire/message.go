@@ -16,6 +16,8 @@ const (
 	ReqMap RequestKind = 3
 	// ReqRecord asks the leader (by ReadIndex) for the volume's record.
 	ReqRecord RequestKind = 4
+	// ReqHealth asks a node how it is: no group is meant. Response.Health answers.
+	ReqHealth RequestKind = 5
 )
 
 // Request is one operation on one group. ID is unique per connection.
@@ -105,6 +107,8 @@ type Response struct {
 	// the index, for the gateway to verify.
 	Runs []Run
 	CRCs []uint32
+	// ReqHealth: see DecodeHealth.
+	Health []byte
 	// ReqMap: everything in [Chunk, Covered) of this group that is not in Runs
 	// is a hole.
 	Covered block.Chunk

@@ -59,7 +59,7 @@ func DecodeRequest(data []byte, q *Request) error {
 	switch q.Kind {
 	case ReqPropose:
 		return DecodeCommand(r.p, &q.Command)
-	case ReqRead, ReqMap, ReqRecord:
+	case ReqRead, ReqMap, ReqRecord, ReqHealth:
 	default:
 		return block.Errorf(block.Unsupported, "request kind %d is not known to this build", q.Kind)
 	}
@@ -88,7 +88,8 @@ const (
 	sectionResult               // outcome, version, replaced pair
 	sectionRecord               // volume record
 	sectionRuns                 // runs, checksums
-	knownSections   = sectionText | sectionResult | sectionRecord | sectionRuns
+	sectionHealth               // length, a health report
+	knownSections   = sectionText | sectionResult | sectionRecord | sectionRuns | sectionHealth
 	runBytes        = 9
 	recordReadOnly  = 1 << 0
 	recordTombstone = 1 << 1
@@ -111,6 +112,9 @@ func AppendResponse(dst []byte, s *Response) []byte {
 	}
 	if len(s.Runs) > 0 || len(s.CRCs) > 0 {
 		sections |= sectionRuns
+	}
+	if len(s.Health) > 0 {
+		sections |= sectionHealth
 	}
 	dst = append(dst, byte(s.Status), sections, 0, 0)
 	dst = appendU32(dst, uint32(s.Leader))
@@ -142,6 +146,10 @@ func AppendResponse(dst []byte, s *Response) []byte {
 			dst = append(dst, byte(run.State))
 		}
 		dst = appendCRCs(dst, s.CRCs)
+	}
+	if sections&sectionHealth != 0 {
+		dst = appendU32(dst, uint32(len(s.Health)))
+		dst = append(dst, s.Health...)
 	}
 	return dst
 }
@@ -208,6 +216,13 @@ func DecodeResponse(data []byte, s *Response) error {
 		if err := s.decodeRuns(&r); err != nil {
 			return err
 		}
+	}
+	if sections&sectionHealth != 0 {
+		n := r.u32()
+		if n > MaxHealthBytes {
+			return block.Errorf(block.Invalid, "health report of %d bytes", n)
+		}
+		s.Health = r.value(int(n))
 	}
 	return r.end("response")
 }

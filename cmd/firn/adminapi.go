@@ -12,6 +12,7 @@ import (
 	"firn.io/firn/cluster"
 	"firn.io/firn/cluster/clusterpb"
 	"firn.io/firn/cluster/meta"
+	"firn.io/firn/cluster/wire"
 	"firn.io/firn/internal/block"
 )
 
@@ -244,6 +245,7 @@ func (s *served) statusOfCluster(ctx context.Context) (*clusterpb.StatusResponse
 	if st.Nodes, err = s.nodes(ctx); err != nil {
 		return nil, err
 	}
+	unwell := s.addHealth(ctx, st.Nodes)
 	if st.Volumes, err = s.volumes(ctx); err != nil {
 		return nil, err
 	}
@@ -253,6 +255,7 @@ func (s *served) statusOfCluster(ctx context.Context) (*clusterpb.StatusResponse
 	}
 	st.Groups = uint32(len(groups))
 	st.Problems = append(nodeProblems(st.Nodes), groupProblems(groups, st.Nodes)...)
+	st.Problems = append(st.Problems, unwell...)
 	return st, nil
 }
 
@@ -267,7 +270,11 @@ func nodeProblems(nodes []*clusterpb.Node) (out []*clusterpb.Problem) {
 		}
 		for _, d := range n.Disks {
 			if d.Failed {
-				out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("disk %s of node %d has failed", d.Id, n.Id),
+				what := fmt.Sprintf("disk %s of node %d has failed", d.Id, n.Id)
+				if d.State == wire.DiskFailed.String() {
+					what += ": " + d.Reason
+				}
+				out = append(out, &clusterpb.Problem{Severity: "error", What: what,
 					Remedy: "replace it; a disk that failed a sync is not used again"})
 			}
 		}

@@ -12,9 +12,17 @@ import (
 )
 
 type diskView struct {
-	ID            string `json:"id"`
-	CapacityBytes int64  `json:"capacity_bytes"`
-	Failed        bool   `json:"failed"`
+	ID            string  `json:"id"`
+	CapacityBytes int64   `json:"capacity_bytes"`
+	Failed        bool    `json:"failed"`
+	State         string  `json:"state"` // ok, filling, slow, full, failed; unknown if its node did not answer
+	Reason        string  `json:"reason"`
+	FillPercent   float64 `json:"fill_percent"`
+	RoomBytes     int64   `json:"room_bytes"`
+	TakenBytes    int64   `json:"taken_bytes"`
+	LiveBytes     int64   `json:"live_bytes"`
+	LogBytes      int64   `json:"log_bytes"`
+	CorruptReads  uint64  `json:"corrupt_reads"`
 }
 
 type nodeView struct {
@@ -23,6 +31,9 @@ type nodeView struct {
 	Zone  string     `json:"zone"`
 	Alive bool       `json:"alive"`
 	Disks []diskView `json:"disks"`
+
+	Replicas       uint32 `json:"replicas"`
+	HaltedReplicas uint32 `json:"halted_replicas"`
 }
 
 type problemView struct {
@@ -50,9 +61,9 @@ type statusView struct {
 func viewNodes(ns []*clusterpb.Node) []nodeView {
 	out := make([]nodeView, 0, len(ns))
 	for _, n := range ns {
-		v := nodeView{ID: n.Id, Addr: n.Addr, Zone: n.Zone, Alive: n.Alive, Disks: []diskView{}}
+		v := nodeView{ID: n.Id, Addr: n.Addr, Zone: n.Zone, Alive: n.Alive, Disks: []diskView{}, Replicas: n.Replicas, HaltedReplicas: n.HaltedReplicas}
 		for _, d := range n.Disks {
-			v.Disks = append(v.Disks, diskView{d.Id, d.CapacityBytes, d.Failed})
+			v.Disks = append(v.Disks, viewDisk(d))
 		}
 		out = append(out, v)
 	}
@@ -88,6 +99,22 @@ func writeNodes(w io.Writer, ns []nodeView) {
 		}
 		fmt.Fprintf(w, "%d\t%s\t%s\t%s\t%s\t%s\n", n.ID, n.Addr, orDash(n.Zone), state, disks, formatSize(capacity))
 	}
+}
+
+// writeDisks lists the disks with how full they are, by the watermarks.
+func writeDisks(w io.Writer, ns []nodeView) {
+	fmt.Fprintln(w, "DISK\tNODE\tSTATE\tFILL\tLIVE\tLOG\tROOM")
+	for _, n := range ns {
+		for _, d := range n.Disks {
+			if d.RoomBytes == 0 {
+				fmt.Fprintf(w, "%s\t%d\t%s\t-\t-\t-\t-\n", d.ID, n.ID, d.State)
+				continue
+			}
+			fmt.Fprintf(w, "%s\t%d\t%s\t%.0f%%\t%s\t%s\t%s\n", d.ID, n.ID, d.State, d.FillPercent,
+				formatSize(d.LiveBytes), formatSize(d.LogBytes), formatSize(d.RoomBytes))
+		}
+	}
+	fmt.Fprintln(w, watermarks)
 }
 
 func writeProblems(w io.Writer, ps []problemView) {
@@ -146,6 +173,8 @@ func newStatus(r *remote) *cobra.Command {
 				fmt.Fprintf(w, "%d of %d %s up, %d %s, %d %s\n\n", up, len(v.Nodes), plural(len(v.Nodes), "node"),
 					v.Groups, plural(int(v.Groups), "group"), len(v.Volumes), plural(len(v.Volumes), "volume"))
 				writeNodes(w, v.Nodes)
+				fmt.Fprintln(w)
+				writeDisks(w, v.Nodes)
 				if len(v.Volumes) > 0 {
 					fmt.Fprintln(w)
 					writeVolumes(w, v.Volumes)

@@ -1,0 +1,58 @@
+package node
+
+import (
+	"fmt"
+
+	"firn.io/firn/cluster/wire"
+)
+
+// health is what a gateway is told that asks how this node is.
+func (n *Node) health() wire.NodeHealth {
+	var h wire.NodeHealth
+	for _, d := range n.disks {
+		h.Disks = append(h.Disks, d.health())
+	}
+	for _, rep := range n.sorted() {
+		h.Replicas++
+		if rep.halted != nil || rep.group != nil && rep.group.Err() != nil {
+			h.Halted++
+			if h.HaltedReason == "" {
+				err := rep.halted
+				if err == nil {
+					err = rep.group.Err()
+				}
+				h.HaltedReason = fmt.Sprintf("group %d replica %d: %v", rep.key.Group, rep.key.Replica, err)
+			}
+		}
+	}
+	return h
+}
+
+func (d *disk) health() wire.DiskHealth {
+	h := wire.DiskHealth{Disk: d.id, State: wire.DiskOK, Corrupt: d.corrupt}
+	if d.failed != nil {
+		h.State, h.Reason = wire.DiskFailed, d.failed.Error()
+		return h
+	}
+	sp := d.log.Space()
+	h.RoomBytes, h.TakenBytes, h.LiveBytes, h.LogBytes = max(0, d.room()), max(0, d.taken()), sp.LiveBytes, sp.ClaimedBytes
+	_, full := d.node.space.fullFrom[d.id]
+	switch fill := h.Percent(); {
+	case full || fill >= refusePercent:
+		h.State, h.Reason = wire.DiskFull, fmt.Sprintf("%.0f %% full: writes are refused at %d %%", fill, refusePercent)
+	case d.log.Stalled():
+		h.State, h.Reason = wire.DiskFull, fmt.Sprintf("%.0f %% full: writes wait for a free segment of the log", fill)
+	case fill >= slowPercent:
+		h.State, h.Reason = wire.DiskSlow, fmt.Sprintf("%.0f %% full: writes are slowed from %d %%, and refused at %d %%", fill, slowPercent, refusePercent)
+	case fill >= collectPercent:
+		h.State, h.Reason = wire.DiskFilling, fmt.Sprintf("%.0f %% full: writes are slowed from %d %%, and refused at %d %%", fill, slowPercent, refusePercent)
+	}
+	if sp.Refused {
+		h.State = max(h.State, wire.DiskSlow)
+		if h.Reason != "" {
+			h.Reason += "; "
+		}
+		h.Reason += "its file system has no room for another segment of the log"
+	}
+	return h
+}

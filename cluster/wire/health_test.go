@@ -1,0 +1,59 @@
+package wire
+
+import (
+	"bytes"
+	"reflect"
+	"strings"
+	"testing"
+
+	"firn.io/firn/internal/block"
+)
+
+func someHealth() NodeHealth {
+	return NodeHealth{Replicas: 16, Halted: 1, HaltedReason: "its log is damaged", Disks: []DiskHealth{
+		{Disk: block.DiskID{1}, State: DiskFull, RoomBytes: 100, TakenBytes: 91, LiveBytes: 80, LogBytes: 5, Corrupt: 3, Reason: "91 % full"},
+		{Disk: block.DiskID{2}, State: DiskOK, RoomBytes: 1 << 40},
+	}}
+}
+
+func TestHealth(t *testing.T) {
+	want := someHealth()
+	data := AppendHealth(nil, &want)
+	got, err := DecodeHealth(data)
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if p := got.Disks[0].Percent(); p != 91 {
+		t.Fatalf("%v %%", p)
+	}
+	for n := range data {
+		if _, err := DecodeHealth(data[:n]); err == nil {
+			t.Fatalf("cut at %d of %d is taken", n, len(data))
+		}
+	}
+	// What is too much is left out, and what remains decodes.
+	large := NodeHealth{Disks: make([]DiskHealth, 2*MaxHealthDisks)}
+	for i := range large.Disks {
+		large.Disks[i].Reason = strings.Repeat("x", 2*maxTextBytes)
+	}
+	data = AppendHealth(nil, &large)
+	if got, err := DecodeHealth(data); err != nil || len(got.Disks) != MaxHealthDisks || len(data) > MaxHealthBytes {
+		t.Fatalf("%d disks in %d bytes, %v", len(got.Disks), len(data), err)
+	}
+	resp := Response{ID: 7, Status: StatusOK, Health: AppendHealth(nil, &want)}
+	var back Response
+	if err := DecodeResponse(AppendResponse(nil, &resp), &back); err != nil || !bytes.Equal(back.Health, resp.Health) {
+		t.Fatalf("%+v, %v", back, err)
+	}
+}
+
+func FuzzDecodeHealth(f *testing.F) {
+	h := someHealth()
+	f.Add(AppendHealth(nil, &h))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		h, err := DecodeHealth(data)
+		if err == nil && !bytes.Equal(AppendHealth(nil, &h), data) {
+			t.Fatalf("%x is not what %+v encodes to", data, h)
+		}
+	})
+}
