@@ -13,8 +13,6 @@ import (
 // Watermarks of a disk, in percent of its room (S7). Fill is live data and what
 // the logs claim.
 const (
-	// collectPercent: collection goes before everything else; a person is told.
-	collectPercent = 75
 	// slowPercent: writers are slowed from here on, up to maxDelay at refusePercent.
 	slowPercent = 85
 	// refusePercent: new writes wait; reads, trims and recovery go on. Most of
@@ -26,6 +24,9 @@ const (
 	maxDelay = 50 * time.Millisecond
 	// spaceInterval is how often nodes tell each other how full their disks are.
 	spaceInterval = 500 * time.Millisecond
+	// spaceStale is when a report is too old to refuse writes for: its node is
+	// away and takes none. What it will have to take when it is back counts then.
+	spaceStale = 3 * time.Second
 	// maxSpaceDisks bounds the disks of one message.
 	maxSpaceDisks = 256
 )
@@ -34,12 +35,13 @@ const (
 type diskSpace struct {
 	disk        block.DiskID
 	size, taken int64 // bytes
+	at          clock.Instant
 }
 
 // space decides about room before a proposal is made (S7): from what the disks
 // of all replicas reported, less what is in flight. Apply never does.
 //
-// A disk that has not reported counts as empty: the admission of a write is no
+// A disk that has not reported, or not lately, counts as empty: the admission of a write is no
 // promise that needs it, because an accepted entry is refused by no follower, and
 // a full follower reports within spaceInterval.
 type space struct {
@@ -96,6 +98,7 @@ func (s *space) receive(header []byte) {
 }
 
 func (s *space) reported(d diskSpace) {
+	d.at = s.node.loop.Now()
 	s.known[d.disk] = d
 	delete(s.since, d.disk)
 	if d.taken*100 < d.size*refusePercent {
@@ -107,12 +110,9 @@ func (s *space) reported(d diskSpace) {
 
 // fillOf is how full a disk is, in percent of its room, counting what is in flight.
 func (s *space) fillOf(d block.DiskID) float64 {
-	k, ok := s.known[d]
-	switch {
-	case !ok:
+	k := s.known[d]
+	if k.size <= 0 || s.node.loop.Now().Sub(k.at) >= spaceStale {
 		return 0
-	case k.size <= 0:
-		return 100
 	}
 	return 100 * float64(k.taken+s.inflight[d]+s.since[d]) / float64(k.size)
 }

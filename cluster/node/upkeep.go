@@ -39,7 +39,7 @@ func (n *Node) upkeep() {
 // upkeep starts what is due on the disk: one chain of jobs at a time.
 func (d *disk) upkeep(now clock.Instant) {
 	d.settle()
-	d.truncate(d.pressed(), func(error) {})
+	d.truncate(d.pressed() || d.crowded(), func(error) {})
 	if d.busy {
 		return
 	}
@@ -216,7 +216,7 @@ func (d *disk) truncate(need bool, done func(error)) {
 		if rep.group == nil || rep.group.Err() != nil || rep.truncating {
 			continue
 		}
-		from, upTo := rep.log().FirstIndex(), rep.truncatable(d.pressed())
+		from, upTo := rep.log().FirstIndex(), rep.truncatable(d.pressed() || d.crowded())
 		if upTo < from || !need && upTo-from < truncateEntries {
 			continue
 		}

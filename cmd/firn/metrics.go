@@ -42,6 +42,11 @@ var (
 	nodeReplicas  = describe("node_replicas", "Replicas on the node.", "node")
 	nodeLeading   = describe("node_leading", "Groups that the node leads.", "node")
 	nodeUpkeep    = describe("node_upkeep_total", "Work in the background.", "node", "what")
+	catchups      = describe("catchup_total", "Replicas filled from another one's state, by event: begun, done, failed_attempt; and views given to others.", "node", "event")
+	catchupBytes  = describe("catchup_bytes_total", "Data of such replicas, in: taken, out: given.", "node", "direction")
+	catchupNow    = describe("catchup_replicas", "Replicas that are being filled, or wait for it.", "node")
+	catchupChunks = describe("catchup_chunks_left", "Chunks that these still lack, as far as known.", "node")
+	catchupLeft   = describe("catchup_seconds_left", "The longest time that one of them will take at its pace until now.", "node")
 	nodeNoSpace   = describe("node_no_space_total", "Writes refused for want of room.", "node")
 	nodeCorrupt   = describe("node_corrupt_reads_total", "Reads that failed their checksums.", "node")
 	volumeWritten = describe("volume_written_bytes_total", "Bytes that clients wrote.", "volume")
@@ -87,6 +92,7 @@ func nodeMetrics(id string, fs vfs.FS, status func() (node.Status, bool)) collec
 		emit(nodeLeading, prometheus.GaugeValue, float64(s.Leading()), id)
 		emit(nodeNoSpace, prometheus.CounterValue, float64(s.Counters.NoSpace), id)
 		emit(nodeCorrupt, prometheus.CounterValue, float64(s.Counters.CorruptReads), id)
+		emitCatchUp(emit, id, &s)
 		for _, u := range []struct {
 			what string
 			n    uint64
@@ -97,6 +103,27 @@ func nodeMetrics(id string, fs vfs.FS, status func() (node.Status, bool)) collec
 			emit(nodeUpkeep, prometheus.CounterValue, float64(u.n), id, u.what)
 		}
 	}
+}
+
+func emitCatchUp(emit func(*prometheus.Desc, prometheus.ValueType, float64, ...string), id string, s *node.Status) {
+	c := &s.Counters
+	emit(catchups, prometheus.CounterValue, float64(c.Copies), id, "begun")
+	emit(catchups, prometheus.CounterValue, float64(c.CopiesDone), id, "done")
+	emit(catchups, prometheus.CounterValue, float64(c.CopyFailures), id, "failed_attempt")
+	emit(catchups, prometheus.CounterValue, float64(c.CopyViews), id, "view")
+	emit(catchupBytes, prometheus.CounterValue, float64(c.CopyBytesIn), id, "in")
+	emit(catchupBytes, prometheus.CounterValue, float64(c.CopyBytesOut), id, "out")
+	replicas, chunks, left := 0, 0, 0.0
+	for _, r := range s.Replicas {
+		if r.Copy != nil {
+			replicas++
+			chunks += r.Copy.Total - r.Copy.Done
+			left = max(left, r.Copy.Left.Seconds())
+		}
+	}
+	emit(catchupNow, prometheus.GaugeValue, float64(replicas), id)
+	emit(catchupChunks, prometheus.GaugeValue, float64(chunks), id)
+	emit(catchupLeft, prometheus.GaugeValue, left, id)
 }
 
 func gatewayMetrics(g *gateway.Gateway, server *nbd.Server) collector {
