@@ -85,3 +85,38 @@ func (rep *replica) checkChunk(v block.VolumeID, c block.Chunk, seen map[seglog.
 	}
 	return nil
 }
+
+// CheckBlocks reads every block that the index shows of the first `chunks` chunks
+// of every volume and checks it against its CRC. It returns how many were read.
+// It reads the disks and blocks, as Digests does.
+func (n *Node) CheckBlocks(chunks block.Chunk) (blocks int64, err error) {
+	buf := make([]byte, block.ChunkBytes)
+	for _, rep := range n.sorted() {
+		for _, v := range rep.state.Volumes() {
+			for c := range chunks {
+				read, err := rep.checkBlocks(v, c, buf)
+				if err != nil {
+					return 0, fmt.Errorf("group %d replica %d, volume %v, chunk %d: %w", rep.key.Group, rep.key.Replica, v, c, err)
+				}
+				blocks += read
+			}
+		}
+	}
+	return blocks, nil
+}
+
+func (rep *replica) checkBlocks(v block.VolumeID, c block.Chunk, buf []byte) (blocks int64, err error) {
+	l := rep.state.Lookup(index.Query{Volume: v, Generation: block.GenerationLatest, Chunk: c, Count: block.BlocksPerChunk})
+	defer l.Release()
+	if l.Pending() {
+		if err := l.Load(); err != nil {
+			return 0, err
+		}
+	}
+	for _, r := range l.Runs() {
+		if r.State == block.Data {
+			blocks += int64(r.Count)
+		}
+	}
+	return blocks, readRuns(rep.disk.log, l.Runs(), buf[:blocks*block.Size])
+}

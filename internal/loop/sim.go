@@ -2,6 +2,7 @@ package loop
 
 import (
 	"container/heap"
+	"math"
 	"math/rand/v2"
 	"time"
 
@@ -207,7 +208,8 @@ func (t simTimer) Stop() bool {
 
 // After implements Loop, on the process's own clock.
 func (s *Sim) After(d time.Duration, fn func()) Timer {
-	real := time.Duration(float64(d) / s.rate)
+	// Rounded up: by then the own clock has reached what the timer is for.
+	real := time.Duration(math.Ceil(float64(d) / s.rate))
 	return simTimer{s.post(s.world.now.Add(real), fn)}
 }
 

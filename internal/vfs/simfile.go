@@ -24,18 +24,22 @@ type simData struct {
 	unsynced    map[int64]*page // those of pages that Sync must look at
 }
 
+// zeros is what a page holds on the disk that was never synced. It stays so.
+var zeros [simPage]byte
+
 // page is 4 KiB of a file: as it is on the disk, and what was written over it.
-// A bit of mask is a sector.
+// A bit of mask is a sector. What durable and before point at is never changed:
+// crashed disks share it.
 type page struct {
-	durable [simPage]byte
+	durable *[simPage]byte
 	dirty   *[simPage]byte
 	mask    uint8
 	older   []version // versions of dirty sectors that were overwritten unsynced
 	// lost is what a failed sync dropped: it is read, and never written.
 	lost     *[simPage]byte
 	lostMask uint8
-	// before is what the disk had before the last sync that changed the page; nil
-	// is zeros.
+	// before is what the disk had before the last sync that changed the page, if
+	// that is kept.
 	before *[simPage]byte
 }
 
@@ -76,8 +80,32 @@ func (p *page) write(off int, b []byte) {
 	p.mask |= touched
 }
 
-// settle makes the dirty sectors in mask durable and forgets the others.
-func (p *page) settle(choose func(i int, versions [][]byte) []byte) {
+// sync makes the dirty sectors durable.
+func (p *page) sync(keep bool) {
+	if p.mask == 0 {
+		return
+	}
+	if keep {
+		p.before = p.durable
+	}
+	if p.mask != 0xff {
+		for i := range simPage / simSector {
+			if p.mask>>i&1 == 0 {
+				copy(p.dirty[i*simSector:(i+1)*simSector], p.durable[i*simSector:])
+			}
+		}
+	}
+	p.durable = p.dirty
+	p.dirty, p.mask, p.older = nil, 0, nil
+}
+
+// survive returns what is on the disk after a crash: of each dirty sector any of
+// its versions, or what was there before. nil keeps what was there before.
+func (p *page) survive(r *rand.Rand) *[simPage]byte {
+	if p.mask == 0 || r == nil {
+		return p.durable
+	}
+	out := *p.durable
 	for i := range simPage / simSector {
 		if p.mask>>i&1 == 0 {
 			continue
@@ -90,22 +118,11 @@ func (p *page) settle(choose func(i int, versions [][]byte) []byte) {
 			}
 		}
 		versions = append(versions, p.dirty[at:at+simSector])
-		if v := choose(i, versions); v != nil {
-			copy(p.durable[at:at+simSector], v)
+		if k := r.IntN(len(versions) + 1); k < len(versions) {
+			copy(out[at:at+simSector], versions[k])
 		}
 	}
-	p.dirty, p.mask, p.older = nil, 0, nil
-}
-
-// keep remembers what is on the disk before a sync changes it.
-func (p *page) keep() {
-	if p.mask == 0 || p.before == nil && isZero(p.durable[:]) {
-		return
-	}
-	if p.before == nil {
-		p.before = new([simPage]byte)
-	}
-	*p.before = p.durable
+	return &out
 }
 
 // stale replaces what was read by what was there before.
@@ -128,7 +145,7 @@ func (d *simData) page(i int64) *page {
 		if d.pages == nil {
 			d.pages = make(map[int64]*page)
 		}
-		p = new(page)
+		p = &page{durable: &zeros}
 		d.pages[i] = p
 	}
 	return p
@@ -203,10 +220,7 @@ func (d *simData) resize(n int64) {
 
 func (d *simData) sync(keep bool) {
 	for _, p := range d.unsynced {
-		if keep {
-			p.keep()
-		}
-		p.settle(func(_ int, v [][]byte) []byte { return v[len(v)-1] })
+		p.sync(keep)
 	}
 	d.unsynced = nil
 	d.durableSize, d.sizes = d.size, nil
@@ -244,21 +258,14 @@ func (d *simData) survive(r *rand.Rand) simData {
 	}
 	slices.Sort(indexes)
 	for _, i := range indexes {
-		c := page{durable: d.pages[i].durable, dirty: d.pages[i].dirty, mask: d.pages[i].mask, older: d.pages[i].older}
-		c.settle(func(_ int, v [][]byte) []byte {
-			if r == nil {
-				return nil
-			}
-			if k := r.IntN(len(v) + 1); k < len(v) {
-				return v[k]
-			}
-			return nil
-		})
+		left := d.pages[i].survive(r)
 		if end := out.size - i*simPage; end < simPage {
-			clear(c.durable[max(0, end):])
+			cut := *left
+			clear(cut[max(0, end):])
+			left = &cut
 		}
-		if !isZero(c.durable[:]) {
-			out.page(i).durable = c.durable
+		if left != &zeros {
+			out.page(i).durable = left
 		}
 	}
 	return out
@@ -274,7 +281,9 @@ func (d *simData) rot(off, n int64) {
 		case p.lostMask>>i&1 != 0:
 			p.lost[k] ^= 0xff
 		}
-		p.durable[k] ^= 0xff
+		rotten := *p.durable
+		rotten[k] ^= 0xff
+		p.durable = &rotten
 	}
 }
 

@@ -103,6 +103,9 @@ func main() {
 		{name: "e2e", run: func(r *report) { goTest(r, "-count=1", "-timeout", "30m", "./test/e2e/...") }},
 		{name: "guest", run: func(r *report) { goTest(r, "-count=1", "-timeout", "40m", "./test/guest/...") }},
 	}
+	if *long {
+		parts = append(parts, part{name: "mutants", run: func(r *report) { command(r, "go", "run", "./test/mutants") }})
+	}
 	if *only != "" {
 		wanted := strings.Split(*only, ",")
 		parts = slices.DeleteFunc(parts, func(p part) bool { return !slices.Contains(wanted, p.name) })

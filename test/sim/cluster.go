@@ -1,22 +1,30 @@
-// Package sim runs a whole cluster in one goroutine and virtual time: three
-// storage nodes, a coordinator and a gateway, all of production code, over a
-// simulated network, simulated disks and a metadata server in memory. Crashes,
-// torn writes, losses, partitions and pauses are drawn from one seed; the same
-// seed gives the same run, event by event.
+// Package sim runs a whole cluster in one goroutine and virtual time: storage
+// nodes, coordinators and two gateways, all of production code, over a simulated
+// network, simulated disks and a metadata server in memory. What breaks, when
+// and for how long is drawn from one seed; the same seed gives the same run,
+// event by event.
+//
+//	cluster, disk, gateway  machines, which survive, and the processes on them
+//	faults                  what breaks
+//	workload, resize, churn what clients do, and what must be true of it
+//	linear, compare, finale checks besides the exact history of test/stamp
 //
 //	go test ./test/sim -run TestSeed -seed 17     replays one
 //	FIRN_SIM_SEEDS=500 go test ./test/sim         runs many
 package sim
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"fmt"
 	"hash"
 	"hash/fnv"
 	"io"
+	"log/slog"
 	"time"
 
+	"firn.io/firn/cluster"
 	"firn.io/firn/cluster/coordinator"
 	"firn.io/firn/cluster/index"
 	"firn.io/firn/cluster/index/memstore"
@@ -34,12 +42,22 @@ import (
 type Options struct {
 	Seed  uint64
 	Nodes int
+	// Replicas of the volume; 0 is one on each node.
+	Replicas int
 	// VolumeBytes is the size of the volume under load.
 	VolumeBytes int64
 	// Writers is how many operations are in flight.
 	Writers int
+	// Pause is how often their number is topped up; 0 is fillPause.
+	Pause time.Duration
 	// Duration is how long faults happen, in virtual time.
 	Duration time.Duration
+	// Plain is for scripts: nothing is drawn but the load. DiskBytes, if set, is
+	// the size of the disks; SlowMerges how many times slower than usual
+	// checkpoints are.
+	Plain      bool
+	DiskBytes  int64
+	SlowMerges int
 	// Log takes what nodes say; nil drops it.
 	Log io.Writer
 }
@@ -55,8 +73,13 @@ type Cluster struct {
 	id        block.ClusterID
 	diskBytes int64
 	nodes     []*storage
-	gateway   *gatewayProcess
+	seats     []*seat
+	volume    meta.VolumeMeta // under load
 	start     clock.Instant
+
+	// victim is the one node whose disk may lose what it has promised.
+	victim   *storage
+	restored bool // the metadata were set back to a backup
 
 	failure error
 	events  uint64
@@ -69,9 +92,14 @@ type storage struct {
 	id    block.NodeID
 	fs    *vfs.Sim
 	store *memstore.Store // what the disk holds of the index
+	diskFaults
 
-	loop *loop.Sim // nil while the process is down
-	node *node.Node
+	loop  *loop.Sim // nil while the process is down
+	node  *node.Node
+	clock float64 // rate of the machine's clock
+	// broken says that no process starts any more: the disk is gone.
+	broken bool
+	rotten bool // bytes of the disk were inverted
 }
 
 func newCluster(opt Options) *Cluster {
@@ -82,6 +110,7 @@ func newCluster(opt Options) *Cluster {
 	if w.Rand().IntN(3) == 0 {
 		c.diskBytes = smallDisk
 	}
+	c.diskBytes = cmp.Or(opt.DiskBytes, c.diskBytes)
 	server := w.NewLoop(nil)
 	c.Meta = meta.NewMem(server)
 	server.Post(func() { c.Meta.Drive(server) })
@@ -130,7 +159,7 @@ func (c *Cluster) runUntil(limit time.Duration, cond func() bool) bool {
 func nodeName(id block.NodeID) string { return fmt.Sprintf("node%d", id) }
 
 func (c *Cluster) addNode(id block.NodeID) *storage {
-	s := &storage{c: c, id: id}
+	s := &storage{c: c, id: id, clock: 1}
 	s.newDisk()
 	c.nodes = append(c.nodes, s)
 	return s
@@ -148,7 +177,11 @@ var pace = node.Pace{
 // up starts the process of a node.
 func (s *storage) up() error {
 	c := s.c
-	s.loop = c.World.NewLoop(nil)
+	s.diskFaults = diskFaults{}
+	s.fs.SetRule(s.diskRule)
+	s.fs.SetReadRule(s.readRule)
+	s.loop = c.World.NewLoop(s.latency)
+	s.loop.SetClock(s.clock, 0)
 	me := nodeName(s.id)
 	incarnation := c.World.Rand().Uint64()
 	cfg := node.Config{
@@ -180,34 +213,70 @@ func (s *storage) up() error {
 func (s *storage) crash() {
 	c := s.c
 	c.logf("%s crashes", nodeName(s.id))
+	s.kill()
+	s.crashDisk()
+	s.back(50*time.Millisecond + time.Duration(c.World.Rand().Int64N(int64(3*time.Second))))
+}
+
+// kill ends the process, and no more.
+func (s *storage) kill() {
 	s.loop.Kill()
 	s.loop, s.node = nil, nil
-	c.Net.Crash(nodeName(s.id))
-	s.crashDisk()
-	pause := 50*time.Millisecond + time.Duration(c.World.Rand().Int64N(int64(3*time.Second)))
-	c.World.At(c.World.Now().Add(pause), func() {
+	s.c.Net.Crash(nodeName(s.id))
+	s.c.Net.Crash(coordinatorName(s.id))
+}
+
+// back starts the process after a while.
+func (s *storage) back(after time.Duration) {
+	c := s.c
+	c.World.At(c.World.Now().Add(after), func() {
+		if s.broken || s.running() {
+			return
+		}
 		c.logf("%s comes back", nodeName(s.id))
-		if err := s.up(); err != nil {
+		switch err := s.up(); {
+		case err != nil && s == c.victim:
+			// Its operator gives it another disk.
+			c.logf("%v", err)
+			s.replace()
+		case err != nil:
 			c.fail(err)
 		}
 	})
 }
 
+// restart stops the process in order and starts it again: leads move away.
+func (s *storage) restart() {
+	c, l := s.c, s.loop
+	c.logf("%s restarts", nodeName(s.id))
+	l.Post(func() {
+		s.node.Stop(func(error) {
+			c.World.At(c.World.Now(), func() {
+				if s.loop == l {
+					s.kill()
+					s.crashDisk()
+					s.back(100 * time.Millisecond)
+				}
+			})
+		})
+	})
+}
+
 func (s *storage) running() bool { return s.node != nil }
 
-// coordinate runs a candidate for coordinator beside the node, as production does.
+func coordinatorName(id block.NodeID) string { return nodeName(id) + "/coordinator" }
+
+// coordinate runs a candidate for coordinator beside the node, with a client
+// that carries deletions to the groups, as production does.
 func (s *storage) coordinate() {
-	coordinator.New(coordinator.Config{Loop: s.loop, Store: s.c.Meta.Client(), Node: s.id, Deleter: noDeletes{s}}).Start(s.c.ctx)
+	c := s.c
+	client := cluster.New(cluster.Config{Loop: s.loop, Store: c.Meta.Client(), Cluster: c.id, Log: quiet,
+		Network: c.Net.Network(coordinatorName(s.id), s.loop, transport.Identity{Hello: transport.Hello{Cluster: c.id, Session: c.World.Rand().Uint64()}})})
+	client.Start(c.ctx)
+	coordinator.New(coordinator.Config{Loop: s.loop, Store: c.Meta.Client(), Node: s.id, Deleter: client}).Start(c.ctx)
 }
 
-// noDeletes answers that a deletion has to be tried again: the simulation
-// deletes no volume yet.
-type noDeletes struct{ s *storage }
-
-// DeleteInGroup implements coordinator.Deleter.
-func (n noDeletes) DeleteInGroup(_ context.Context, _ meta.VolumeMeta, _ block.GroupID, done func(error)) {
-	n.s.loop.Post(func() { done(block.Errorf(block.Unsupported, "no deletions here")) })
-}
+var quiet = slog.New(slog.DiscardHandler)
 
 // fail notes the first thing that is wrong; the run ends with it.
 func (c *Cluster) fail(err error) {

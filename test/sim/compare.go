@@ -5,7 +5,6 @@ import (
 	"strings"
 	"time"
 
-	"firn.io/firn/cluster/meta"
 	"firn.io/firn/cluster/node"
 	"firn.io/firn/internal/block"
 )
@@ -13,9 +12,9 @@ import (
 // compare waits until all replicas have applied the same, and checks that they
 // show the same, that what they show is live on their disks, and that nothing
 // keeps what it should let go.
-func (c *Cluster) compare(r *Report, v meta.VolumeMeta) error {
+func (c *Cluster) compare(r *Report) error {
 	if !c.runUntil(settleLimit, c.settled) {
-		return fmt.Errorf("the replicas do not come together within %v\n%s", settleLimit, c.state())
+		return fmt.Errorf("progress: the replicas do not come together within %v\n%s", settleLimit, c.state())
 	}
 	first := map[block.GroupID]node.Digest{}
 	for _, s := range c.nodes {
@@ -24,6 +23,9 @@ func (c *Cluster) compare(r *Report, v meta.VolumeMeta) error {
 			return fmt.Errorf("%s: digest: %w", nodeName(s.id), err)
 		}
 		for _, d := range digests {
+			if s == c.victim && s.halted(d.Group) {
+				continue
+			}
 			other, known := first[d.Group]
 			if !known {
 				first[d.Group] = d
@@ -31,7 +33,7 @@ func (c *Cluster) compare(r *Report, v meta.VolumeMeta) error {
 			}
 			r.Digests++
 			if other != d {
-				return fmt.Errorf("group %d shows %016x at %v on %s, and %016x at %v elsewhere", d.Group, d.Sum, d.Applied, nodeName(s.id), other.Sum, other.Applied)
+				return fmt.Errorf("digests: group %d shows %016x at %v on %s, and %016x at %v elsewhere", d.Group, d.Sum, d.Applied, nodeName(s.id), other.Sum, other.Applied)
 			}
 		}
 	}
@@ -39,7 +41,7 @@ func (c *Cluster) compare(r *Report, v meta.VolumeMeta) error {
 	var readable, live int64
 	var err error
 	let := func() bool {
-		readable, live, err = c.live(v)
+		readable, live, err = c.live()
 		return err != nil || readable == live
 	}
 	for range int(settleLimit / time.Second) {
@@ -50,18 +52,31 @@ func (c *Cluster) compare(r *Report, v meta.VolumeMeta) error {
 	}
 	r.Readable, r.Live = readable, live
 	if err == nil && readable != live {
-		err = fmt.Errorf("%d blocks are live and only %d can be read, %v after the last write\n%s", live, readable, settleLimit, c.state())
+		err = fmt.Errorf("live bits: %d blocks are live and only %d can be read, %v after the last write\n%s", live, readable, settleLimit, c.state())
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	for _, s := range c.nodes {
+		if s == c.victim && s.rotten {
+			continue
+		}
+		read, err := s.node.CheckBlocks(largestVolume / block.ChunkBytes)
+		if err != nil {
+			return fmt.Errorf("blocks: %s: %w", nodeName(s.id), err)
+		}
+		r.Read += read
+	}
+	return nil
 }
 
 // live counts over all nodes and checks that what can be read is live.
-func (c *Cluster) live(v meta.VolumeMeta) (readable, live int64, err error) {
-	chunks := block.Chunk((v.SizeBytes + block.ChunkBytes - 1) / block.ChunkBytes)
+func (c *Cluster) live() (readable, live int64, err error) {
+	const chunks = block.Chunk(largestVolume / block.ChunkBytes)
 	for _, s := range c.nodes {
 		r, l, err := s.node.CheckLive(chunks)
 		if err != nil {
-			return 0, 0, fmt.Errorf("%s: %w", nodeName(s.id), err)
+			return 0, 0, fmt.Errorf("live bits: %s: %w", nodeName(s.id), err)
 		}
 		readable, live = readable+r, live+l
 	}
@@ -77,6 +92,9 @@ func (c *Cluster) settled() bool {
 			return false
 		}
 		for _, r := range s.node.Status().Replicas {
+			if s == c.victim && r.Failed != "" {
+				continue
+			}
 			if !r.Open || r.Failed != "" {
 				return false
 			}
@@ -87,6 +105,16 @@ func (c *Cluster) settled() bool {
 		}
 	}
 	return true
+}
+
+// halted tells whether a replica does nothing any more.
+func (s *storage) halted(g block.GroupID) bool {
+	for _, r := range s.node.Status().Replicas {
+		if r.Group == g {
+			return r.Failed != ""
+		}
+	}
+	return false
 }
 
 // state describes the nodes, for a run that is stuck.

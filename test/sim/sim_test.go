@@ -11,7 +11,14 @@ import (
 var seed = flag.Uint64("seed", 0, "the seed that TestSeed replays, with its log")
 
 func options(seed uint64) Options {
-	return Options{Seed: seed, Nodes: 3, VolumeBytes: 24 << 20, Writers: 8, Duration: 12 * time.Second}
+	o := Options{Seed: seed, Nodes: 3, VolumeBytes: 24 << 20, Writers: 8, Duration: 12 * time.Second}
+	switch seed % 8 {
+	case 5:
+		o.Nodes, o.Replicas = 4, 3
+	case 7:
+		o.Nodes = 5
+	}
+	return o
 }
 
 // seeds is how many seeds TestSeeds runs: FIRN_SIM_SEEDS, or a few.
@@ -37,29 +44,37 @@ func TestSeeds(t *testing.T) {
 	}
 }
 
-// TestSeed replays one seed with its log. Without -seed it runs seed 1, twice,
-// and the two runs must be the same, event by event.
+// TestSeed replays one seed with its log; without -seed, seed 1 for a short time.
 func TestSeed(t *testing.T) {
 	o := options(*seed)
 	if *seed != 0 {
 		o.Log = os.Stderr
-		r, err := Run(o)
-		t.Log(r)
-		if err != nil {
-			t.Fatal(err)
+	} else {
+		o.Seed, o.Duration = 1, 2*time.Second
+	}
+	r, err := Run(o)
+	t.Log(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The same seed gives the same run, event by event.
+func TestReplay(t *testing.T) {
+	for _, n := range []uint64{2, 5, 9} {
+		o := options(n)
+		o.Duration = 2 * time.Second
+		var first Report
+		for i := range 2 {
+			r, err := Run(o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if i == 0 {
+				first = r
+			} else if r.Trace != first.Trace || r.Events != first.Events {
+				t.Errorf("the same seed ran differently:\n%v\n%v", first, r)
+			}
 		}
-		return
-	}
-	o.Seed, o.Duration = 1, 4*time.Second
-	first, err := Run(o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	second, err := Run(o)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if first.Trace != second.Trace || first.Events != second.Events {
-		t.Errorf("the same seed ran differently:\n%v\n%v", first, second)
 	}
 }

@@ -119,6 +119,9 @@ func (h *History) Begin(writer uint32, from, n int64, p []byte) *Write {
 	return &Write{h, w}
 }
 
+// Seq is the write's number, which its stamps carry.
+func (w *Write) Seq() Seq { return w.w.seq }
+
 // Acked says that the write was acknowledged.
 func (w *Write) Acked() {
 	w.h.mu.Lock()

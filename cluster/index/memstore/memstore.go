@@ -22,6 +22,7 @@ type Store struct {
 	roots  []*node
 	open   int // snapshots
 	failed error
+	before func() error
 	closed bool
 }
 
@@ -48,6 +49,14 @@ func (s *Store) Fail(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.failed = err
+}
+
+// BeforeFlush makes fn run before each flush, which fails with its error; nil is
+// none. It is for crashes between what a batch makes visible and its flush.
+func (s *Store) BeforeFlush(fn func() error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.before = fn
 }
 
 // NewBatch returns an empty batch.
@@ -81,6 +90,11 @@ func (s *Store) Flush() error {
 	defer s.mu.Unlock()
 	if err := s.err(); err != nil {
 		return err
+	}
+	if s.before != nil {
+		if err := s.before(); err != nil {
+			return err
+		}
 	}
 	s.roots = []*node{s.roots[len(s.roots)-1]}
 	return nil

@@ -20,7 +20,7 @@ type Faults struct {
 	// LossPerMille is how many of 1000 batches vanish.
 	LossPerMille int
 	// RepeatPerMille is how many of 1000 batches have their requests delivered a
-	// second time, between RepeatDelay/16 and RepeatDelay later, out of order and
+	// second time, between RepeatDelay/2 and RepeatDelay later, out of order and
 	// even if the connection has ended.
 	RepeatPerMille int
 	RepeatDelay    time.Duration
@@ -128,7 +128,7 @@ func (r *route) Late(to *inproc.Network, _ transport.Class) func(deliver, drop f
 	if f.RepeatPerMille == 0 || w.Rand().IntN(1000) >= f.RepeatPerMille {
 		return nil
 	}
-	least := f.RepeatDelay / 16
+	least := f.RepeatDelay / 2
 	at := w.Now().Add(least + time.Duration(w.Rand().Int64N(int64(f.RepeatDelay-least)+1)))
 	from := r.a.Name()
 	return func(deliver, drop func()) {
