@@ -58,6 +58,9 @@ func FuzzHandshake(f *testing.F) {
 	f.Add(bytes.Join([][]byte{hello, option(wire.OptStructuredReply, nil), option(wire.OptListMetaContext, meta), option(wire.OptSetMetaContext, meta),
 		option(wire.OptGo, info), wire.AppendRequest(nil, wire.SimpleReplies, wire.Request{Command: wire.CmdBlockStatus, Length: 512})}, nil))
 	f.Add(bytes.Join([][]byte{hello, option(wire.OptStartTLS, nil), option(99, make([]byte, 70<<10))}, nil))
+	f.Add(bytes.Join([][]byte{hello, option(wire.OptExtendedHeaders, nil), option(wire.OptStructuredReply, nil), option(wire.OptSetMetaContext, meta), option(wire.OptGo, info),
+		wire.AppendRequest(nil, wire.ExtendedHeaders, wire.Request{Command: wire.CmdTrim, Length: 1 << 20})}, nil))
+	f.Add(bytes.Join([][]byte{hello, option(wire.OptSession, wire.AppendSession(nil, wire.Session{ID: [16]byte{1}, Incarnation: 1})), option(wire.OptGo, info)}, nil))
 	f.Fuzz(func(t *testing.T, in []byte) {
 		c := newCatalog("a", "b")
 		s := nbd.NewServer(c, nbd.Options{Workers: 2})
