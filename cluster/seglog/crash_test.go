@@ -1,8 +1,11 @@
 package seglog
 
 import (
+	"maps"
 	"math/rand/v2"
 	"os"
+	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -109,28 +112,55 @@ var scripts = map[string]func(g *rig){
 	},
 }
 
+// What TestCrashAtEveryCall promises: fewer scripts or crashes fail it.
+const (
+	crashScripts = 20
+	crashSubsets = 8 // of the sectors in flight, per call
+	// crashThinned is every how many calls is a place to crash in the short run;
+	// where it begins differs from script to script. The long one takes each.
+	crashThinned    = 7
+	crashesShort    = 1500
+	crashesLong     = 13000
+	crashCallsLeast = 20 // of each script
+)
+
 // TestCrashAtEveryCall switches the power off at each call of the disk, from
 // the first open on, and reopens on several outcomes of what was in flight;
 // then once more, to see that a recovery that is cut short loses nothing.
 func TestCrashAtEveryCall(t *testing.T) {
-	outcomes := uint64(4)
+	subsets, step, promised := uint64(crashSubsets), crashThinned, int64(crashesShort)
 	if os.Getenv("FIRN_TEST_LONG") != "" {
-		outcomes = 40
+		subsets, step, promised = 2*crashSubsets, 1, crashesLong
 	}
-	for name, script := range scripts {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			for at := 0; ; at++ {
-				finished := true
-				for seed := range outcomes {
-					finished = crashOnce(t, script, at, seed) && finished
+	all := maps.Clone(scripts)
+	maps.Copy(all, moreScripts)
+	var calls, crashes atomic.Int64
+	names := slices.Sorted(maps.Keys(all))
+	t.Run("scripts", func(t *testing.T) {
+		for i, name := range names {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				for at := i % step; ; at += step {
+					finished := true
+					for seed := range subsets {
+						finished = crashOnce(t, all[name], at, seed) && finished
+					}
+					if finished {
+						if at < crashCallsLeast {
+							t.Errorf("the script makes %d calls of the disk, too few", at)
+						}
+						calls.Add(int64(at))
+						return
+					}
+					crashes.Add(int64(subsets))
 				}
-				if finished {
-					t.Logf("%d calls", at)
-					return
-				}
-			}
-		})
+			})
+		}
+	})
+	t.Logf("measured: %d scripts of the log, %d calls of the disk, power cut at every %d. call with %d subsets of sectors each: %d crashes",
+		len(names), calls.Load(), step, subsets, crashes.Load())
+	if len(names) < crashScripts || crashes.Load() < promised {
+		t.Errorf("promised are %d scripts and %d crashes", crashScripts, promised)
 	}
 }
 

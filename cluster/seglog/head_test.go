@@ -27,9 +27,48 @@ func (p pinned) NeedSpace()                                               {}
 func (p pinned) Damaged(Record, Location)                                 {}
 
 // A segment that no entry claims any more, but that the index points into, must
-// outlive the rot of its head (L4).
+// outlive the rot of its head (L4), also where a head of zeros looks like that of
+// a segment that was never used, and where nothing of its headers is left.
 func TestRottenHeadFreesNothingThatIsLive(t *testing.T) {
-	const segmentBytes = 128 << 10
+	zero := func(headers func(block int) bool) func(*testing.T, *vfs.Sim) {
+		return func(t *testing.T, fs *vfs.Sim) {
+			f, err := fs.Open("/d/log/00000001.seg", 0, vfs.ClassLog)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := make([]byte, block.Size)
+			for b := range rottenSegmentBytes / block.Size {
+				if _, err := f.ReadAt(p, int64(b)*block.Size); err != nil {
+					t.Fatal(err)
+				}
+				if le.Uint32(p) == batchMagic && headers(b) {
+					if _, err := f.WriteAt(make([]byte, block.Size), int64(b)*block.Size); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			if err := f.Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for name, rot := range map[string]func(*testing.T, *vfs.Sim){
+		"bits": func(t *testing.T, fs *vfs.Sim) {
+			if err := fs.Rot("/d/log/00000001.seg", 16, 8); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"a head of zeros":    zero(func(b int) bool { return b == 0 }),
+		"all headers zeroed": zero(func(int) bool { return true }),
+	} {
+		t.Run(name, func(t *testing.T) { t.Parallel(); rottenHead(t, rot) })
+	}
+}
+
+const rottenSegmentBytes = 128 << 10
+
+func rottenHead(t *testing.T, rot func(*testing.T, *vfs.Sim)) {
+	const segmentBytes = rottenSegmentBytes
 	fs := vfs.NewSim(0)
 	sb := Superblock{Disk: block.DiskID{1}, SegmentBytes: segmentBytes}
 	if err := Format(fs, "/d", sb); err != nil {
@@ -73,16 +112,14 @@ func TestRottenHeadFreesNothingThatIsLive(t *testing.T) {
 	l.Create(key, EntryID{10, 5}, HardState{Term: 5}, func(error) {})
 	w.RunFor(20 * time.Millisecond)
 	fill(l, w, 16)
-	want := payload.New(segmentBytes - block.Size)
-	if err := l.ReadBlocks(Location{1, 1}, want.Bytes()); err != nil {
-		t.Fatal(err)
-	}
 	ended := false
 	l.Close(func(error) { ended = true })
 	if !w.RunUntil(time.Second, func() bool { return ended }) {
 		t.Fatal("not closed")
 	}
-	if err := fs.Rot("/d/log/00000001.seg", 16, 8); err != nil {
+	want := payload.New(segmentBytes - block.Size)
+	rot(t, fs)
+	if err := readFile(fs, "/d/log/00000001.seg", want.Bytes()); err != nil {
 		t.Fatal(err)
 	}
 	l, w = open()
@@ -102,4 +139,16 @@ func makeFilled(index, term uint64) Entry {
 		p.Bytes()[i] = byte(index)
 	}
 	return Entry{Term: term, Index: index, Data: []byte("x"), Payload: p}
+}
+
+// readFile fills p with a segment from its second block on.
+func readFile(fs vfs.FS, name string, p []byte) error {
+	f, err := fs.Open(name, vfs.ReadOnly, vfs.ClassLog)
+	if err != nil {
+		return err
+	}
+	if _, err = f.ReadAt(p, block.Size); err != nil {
+		return err
+	}
+	return f.Close()
 }

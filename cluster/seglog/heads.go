@@ -86,7 +86,7 @@ func (r *recovery) findTable() error {
 		b := &found[i]
 		if b.err != nil || b.kind != kindTable || b.generation != b.number {
 			s.state = free
-			if s.fresh = zeroHead(s.file); !s.fresh {
+			if s.fresh = zeroHead(s.file); !s.fresh || r.lives(s) {
 				odd = append(odd, s)
 			}
 			continue
@@ -113,6 +113,9 @@ func (r *recovery) findTable() error {
 	return r.probe(odd)
 }
 
+// lives tells whether the durable index may point into a segment.
+func (r *recovery) lives(s *segment) bool { return r.l.opt.Live == nil || r.l.opt.Live(s.id, 0) }
+
 // zeroHead tells whether a segment was never written.
 func zeroHead(f vfs.File) bool {
 	p := payload.New(block.Size).Bytes()
@@ -127,22 +130,27 @@ func zeroHead(f vfs.File) bool {
 	return true
 }
 
-// probe looks into segments whose head is neither valid nor empty: torn while
-// it was opened anew, then nothing newer follows; or rotten. What holds batches
-// stays sealed until the index tells that it points at none of them.
+// probe looks into segments whose head is not valid, nor as it is before the
+// first use: torn while it was opened anew, then nothing newer follows; or rotten.
+// What holds batches, or what the index points into, stays sealed until the index
+// lets go of it.
 func (r *recovery) probe(odd []*segment) error {
 	for _, s := range odd {
 		h, newer := r.resync(s, 1, 0, r.table.number)
 		if !newer {
 			var older bool
 			if h, older = r.resync(s, 1, 0, 0); !older {
+				if r.l.opt.Live != nil && r.l.opt.Live(s.id, 0) {
+					r.l.logf("disk %v: segment %d holds data, and none of its headers can be read: it is kept", r.l.sb.Disk, s.id)
+					s.state, s.fresh, s.generation, s.last = sealed, false, 1, 1
+				}
 				continue
 			}
 		}
 		if r.table.number == 0 {
 			return block.Errorf(block.Corrupt, "segment %d holds batches, and no state table can be read", s.id)
 		}
-		s.state, s.generation, s.last = sealed, h.generation, h.number
+		s.state, s.fresh, s.generation, s.last = sealed, false, h.generation, h.number
 		if newer {
 			r.heads[s.id] = header{stream: h.stream, number: h.generation, generation: h.generation, segment: s.id}
 			r.table.claimed = append(r.table.claimed, segmentUse{s.id, h.generation})

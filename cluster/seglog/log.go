@@ -20,8 +20,8 @@ type Options struct {
 	// decides what is rot (L2, L4) and where a log that was lost goes on (L6).
 	Applied func(ReplicaKey) (EntryID, bool)
 	// Live tells whether the durable index may point into a generation of a
-	// segment. It is asked at open only, and only when no segment is free
-	// otherwise; nil is yes.
+	// segment (0: any). It is asked at open only, when the head of a segment cannot
+	// be read or no segment is free otherwise; nil is yes.
 	Live func(SegmentID, uint64) bool
 	// Parallel is how many goroutines read the disk while it opens, and for one
 	// ReadEach; 0 and 1: none but the caller's, in an order that replays.

@@ -201,7 +201,7 @@ func (r *recovery) scanAll() error {
 				continue // its head was torn as it was opened anew
 			}
 			stream = found.stream
-			s.state, s.generation, s.last = sealed, u.generation, u.generation
+			s.state, s.fresh, s.generation, s.last = sealed, false, u.generation, u.generation
 		}
 		if stream == fresh {
 			first = append(first, &scan{seg: s, stream: stream})

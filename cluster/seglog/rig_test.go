@@ -425,7 +425,11 @@ func (r *rig) write(k ReplicaKey, w Write) {
 	m.states = append(m.states, m.now().after(&w))
 	m.writes = append(m.writes, w)
 	r.loop.Post(func() {
-		r.log.Replica(k).Append(w, func(err error) {
+		rep := r.log.Replica(k)
+		if rep == nil && r.log.Err() != nil {
+			return // it was to be created after the power went off
+		}
+		rep.Append(w, func(err error) {
 			if err == nil {
 				m.acked++
 			}
