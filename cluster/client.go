@@ -119,14 +119,54 @@ type Client struct {
 type Counters struct {
 	// Commands and Queries were sent, retries included.
 	Commands, Queries uint64
+	// CommandRetries and QueryRetries are those of them that were not the first
+	// attempt; of queries most of them asked another replica.
+	CommandRetries, QueryRetries uint64
 	// Lost calls had no answer; their effect was unknown then.
 	Lost uint64
 	// Redirects are answers that named another leader, or none.
 	Redirects uint64
+	// NotReady answers came from nodes that cannot serve the group now, or not
+	// yet as far as the token says.
+	NotReady uint64
+	// Busy answers refused a command for the leader's queue was full.
+	Busy uint64
+	// Dropped commands were proposed, and may or may not be committed.
+	Dropped uint64
+	// StaleLayouts are answers that knew a newer layout of the volume.
+	StaleLayouts uint64
+	// Fenced answers and outcomes denied this process's epoch or the volume.
+	Fenced uint64
+	// NoSpace answers refused a write for want of room.
+	NoSpace uint64
 	// BadReads are answers whose bytes did not match their checksums.
 	BadReads uint64
+	// Corrupt answers came from nodes whose copy, or what reached them, was damaged.
+	Corrupt uint64
 	// Stray messages were answers to nobody, or did not decode.
 	Stray uint64
+}
+
+// answered counts a status of an answer that is not the one hoped for.
+func (c *Counters) answered(s wire.Status) {
+	switch s {
+	case wire.StatusNotLeader:
+		c.Redirects++
+	case wire.StatusUnknownGroup, wire.StatusNotReady:
+		c.NotReady++
+	case wire.StatusBusy:
+		c.Busy++
+	case wire.StatusDropped:
+		c.Dropped++
+	case wire.StatusStaleLayout:
+		c.StaleLayouts++
+	case wire.StatusFenced, wire.StatusNoVolume:
+		c.Fenced++
+	case wire.StatusNoSpace:
+		c.NoSpace++
+	case wire.StatusCorrupt:
+		c.Corrupt++
+	}
 }
 
 // New makes a client; Start begins it.

@@ -22,6 +22,7 @@ type operation struct {
 	req    wire.Request // with the command
 	buf    *payload.Buf
 
+	sentOnce  bool
 	attempted bool // an attempt was made whose effect is unknown
 	waits     bool // in group.retry
 	probe     bool // group.probing is about it
@@ -72,6 +73,10 @@ func (op *operation) send(node block.NodeID) bool {
 		op.req.Layout = op.stream.att.vol.Layout
 	}
 	c.counters.Commands++
+	if op.sentOnce {
+		c.counters.CommandRetries++
+	}
+	op.sentOnce = true
 	return c.start(&op.call, cn, &op.req, op.buf)
 }
 
@@ -110,9 +115,9 @@ func (op *operation) attemptEnded(resp *wire.Response, bufs []*payload.Buf) {
 // refused takes a refusal; an error ends op.
 func (op *operation) refused(resp *wire.Response) error {
 	g := op.group
+	op.client.counters.answered(resp.Status)
 	switch resp.Status {
 	case wire.StatusNotLeader:
-		op.client.counters.Redirects++
 		g.refuse(op.node)
 		g.leads(resp.Leader)
 	case wire.StatusUnknownGroup, wire.StatusNotReady:
@@ -188,6 +193,7 @@ func (op *operation) applied(resp *wire.Response) {
 	case wire.OutcomeReadOnly:
 		op.finish(nil, block.Errorf(block.ReadOnly, "volume %q is read-only", op.stream.att.vol.Name))
 	case wire.OutcomeOldEpoch, wire.OutcomeNoVolume:
+		op.client.counters.Fenced++
 		// Not the end of it: the attachment finds out whether it is over.
 		op.stream.att.refuted()
 	case wire.OutcomeBelowFloor, wire.OutcomeBeyondWindow:

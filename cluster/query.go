@@ -23,10 +23,11 @@ type query struct {
 	group  *group
 	req    wire.Request
 
-	asked   []block.NodeID // in this round
-	corrupt []block.NodeID // whose bytes were bad
-	delayed bool           // in client.delayed
-	round   uint64         // of client, when it was delayed
+	asked    []block.NodeID // in this round
+	corrupt  []block.NodeID // whose bytes were bad
+	sentOnce bool
+	delayed  bool   // in client.delayed
+	round    uint64 // of client, when it was delayed
 
 	prev, next *query // in Attachment.queries
 
@@ -73,6 +74,10 @@ func (q *query) send() {
 			continue
 		}
 		q.client.counters.Queries++
+		if q.sentOnce {
+			q.client.counters.QueryRetries++
+		}
+		q.sentOnce = true
 		if q.client.start(&q.call, cn, &q.req, nil) {
 			return
 		}
@@ -105,6 +110,7 @@ func (q *query) attemptEnded(resp *wire.Response, bufs []*payload.Buf) {
 	if g.leader == 0 {
 		g.leads(resp.Leader)
 	}
+	q.client.counters.answered(resp.Status)
 	switch resp.Status {
 	case wire.StatusOK:
 		q.stream.raise(resp.Applied)

@@ -159,6 +159,16 @@ func TestReadsPassBadReplicas(t *testing.T) {
 				if r.err != nil || !bytes.Equal(r.data, bytes.Repeat([]byte{7}, block.Size)) {
 					t.Errorf("good node %d: %v", good, r.err)
 				}
+				again := uint64(0)
+				for _, q := range s.log {
+					if q.req.Kind == wire.ReqRead {
+						again++
+					}
+				}
+				again-- // the first is none
+				if c := s.client.Counters(); c.QueryRetries != again || c.BadReads+c.Corrupt+c.NotReady+c.Busy+c.Lost != again {
+					t.Errorf("good node %d: %+v after %d retries", good, c, again)
+				}
 				if took := s.Now().Sub(began); took > 2500*time.Millisecond {
 					t.Errorf("good node %d: took %v", good, took)
 				}

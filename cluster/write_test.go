@@ -42,15 +42,22 @@ func TestRetriesAreIdentical(t *testing.T) {
 				trouble(s, q)
 				return true
 			}
-			began := s.Now()
+			began, before := s.Now(), s.client.Counters()
 			o := s.write(a, 3, 5, 0xab)
 			s.until("write", func() bool { return o.ended })
 			if o.err != nil {
 				t.Fatal(o.err)
 			}
+			after := s.client.Counters()
 			ops := s.contentOps()
 			if len(ops) < 6 {
 				t.Errorf("%d attempts", len(ops))
+			}
+			if n := after.CommandRetries - before.CommandRetries; int(n) != len(ops)-1 {
+				t.Errorf("%d retries were counted after %d attempts", n, len(ops))
+			}
+			if count := troubleCounters[name]; count != nil && count(after)-count(before) < 5 {
+				t.Errorf("%+v, before %+v", after, before)
 			}
 			for _, op := range ops {
 				if !bytes.Equal(op.bytes, ops[0].bytes) || !bytes.Equal(op.data, bytes.Repeat([]byte{0xab}, block.Size)) {
@@ -65,6 +72,20 @@ func TestRetriesAreIdentical(t *testing.T) {
 			}
 		})
 	}
+}
+
+// troubleCounters count the troubles of TestRetriesAreIdentical.
+var troubleCounters = map[string]func(Counters) uint64{
+	"dropped":        func(c Counters) uint64 { return c.Dropped },
+	"busy":           func(c Counters) uint64 { return c.Busy },
+	"not ready":      func(c Counters) uint64 { return c.NotReady },
+	"no replica":     func(c Counters) uint64 { return c.NotReady },
+	"stale layout":   func(c Counters) uint64 { return c.StaleLayouts },
+	"damaged":        func(c Counters) uint64 { return c.Corrupt },
+	"unknown leader": func(c Counters) uint64 { return c.Redirects },
+	"wrong leader":   func(c Counters) uint64 { return c.Redirects },
+	"silence":        func(c Counters) uint64 { return c.Lost },
+	"cut":            func(c Counters) uint64 { return c.Lost },
 }
 
 func answer1(a asked, o wire.Outcome) {

@@ -164,6 +164,10 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	stopAPI := s.serveAPI(cfg.fronts.api, cfg.fronts.creds, failed)
 	parts.push("API", func(context.Context) error { stopAPI(); return nil })
 	cfg.metrics.MustRegister(gatewayMetrics(s.gateway, server))
+	cfg.metrics.MustRegister(clientMetrics(s.loop, client))
+	if store, ok := cfg.store.(usageStore); ok {
+		cfg.metrics.MustRegister(etcdMetrics(store, clock.System{}))
+	}
 	cfg.fronts.page.set(func(ctx context.Context) error {
 		err := s.ready(ctx)
 		if err == nil && cfg.ready != nil {
