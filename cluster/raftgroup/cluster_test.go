@@ -218,6 +218,7 @@ type process struct {
 	out     map[block.NodeID]transport.Peer
 	in      map[transport.Peer]block.NodeID
 	disks   map[block.GroupID]*disk
+	ids     map[block.GroupID]block.ReplicaID // of replicas made later; others have the node's number
 	logs    map[block.GroupID]*log
 	states  map[block.GroupID]*machine
 	opened  int
@@ -244,7 +245,7 @@ func newCluster(t testing.TB, seed uint64, nodes, groups int, limits raftgroup.L
 		c.groups = append(c.groups, block.GroupID(g+1))
 	}
 	for i := range nodes {
-		p := &process{c: c, id: block.NodeID(i + 1), disks: make(map[block.GroupID]*disk)}
+		p := &process{c: c, id: block.NodeID(i + 1), disks: make(map[block.GroupID]*disk), ids: make(map[block.GroupID]block.ReplicaID)}
 		for _, g := range c.groups {
 			members := make(map[block.ReplicaID]block.NodeID)
 			for j := range nodes {
@@ -277,17 +278,27 @@ func (p *process) start() {
 	p.loop.Post(func() {
 		p.host.Start()
 		for _, g := range c.groups {
+			if p.disks[g] == nil {
+				continue
+			}
 			p.logs[g] = newLog(p, p.disks[g])
 			p.open(g)
 		}
 	})
 }
 
+func (p *process) replica(g block.GroupID) block.ReplicaID {
+	if r := p.ids[g]; r != 0 {
+		return r
+	}
+	return block.ReplicaID(p.id)
+}
+
 func (p *process) open(g block.GroupID) {
 	m := p.disks[g].checkpoint.clone()
 	p.states[g] = &m
 	p.host.Open(raftgroup.GroupConfig{
-		Group: g, Replica: block.ReplicaID(p.id), Log: p.logs[g], State: p.states[g],
+		Group: g, Replica: p.replica(g), Log: p.logs[g], State: p.states[g],
 		Behind: func(gr *raftgroup.Group, leader block.NodeID, at raftgroup.EntryID) { p.copyFrom(gr, leader, at) },
 		Failed: func(_ *raftgroup.Group, err error) { p.failed = append(p.failed, err) },
 	}, func(_ *raftgroup.Group, err error) {
@@ -491,7 +502,7 @@ func (c *cluster) checkLogs() {
 	for _, p := range c.procs {
 		for g, d := range p.disks {
 			for _, e := range d.ents {
-				if len(e.Data) == 0 {
+				if len(e.Data) == 0 || e.Data[0] == 0xff { // a change of members
 					continue
 				}
 				var cmd wire.Command

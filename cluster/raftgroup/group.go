@@ -41,6 +41,7 @@ type Group struct {
 	role    raft.StateType
 	// awayUntil is the tick until which a transfer of the lead is under way.
 	awayUntil uint64
+	changing  uint64 // the last entry that this leader proposed as a change of members
 	slowest   uint64 // the lowest match of all members, from the leader
 
 	tail   tail
@@ -69,6 +70,7 @@ type proposal struct {
 	data    []byte // the encoded command, until it is proposed
 	payload *payload.Buf
 	bytes   int64
+	conf    bool // data is a change of members
 	done    func(wire.ApplyResult, wire.Status)
 }
 
@@ -315,6 +317,7 @@ func (g *Group) dropAll() {
 
 // dropPending ends everything that depended on being the leader.
 func (g *Group) dropPending() {
+	g.changing = 0
 	pending := g.pending
 	g.pending = nil
 	for _, pr := range pending {
@@ -360,6 +363,7 @@ func (g *Group) tick() {
 	}
 	g.raft.Tick()
 	g.watchOffers()
+	g.leaveJoint()
 	if g.raft.HasReady() {
 		g.host.mark(g)
 	}

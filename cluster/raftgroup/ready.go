@@ -58,6 +58,9 @@ func (g *Group) propose() {
 	ents := make([]*pb.Entry, len(queue))
 	for i, pr := range queue {
 		ents[i] = &pb.Entry{Data: pr.data}
+		if pr.conf {
+			ents[i].Type = pb.EntryConfChangeV2.Enum()
+		}
 	}
 	g.host.counters.Proposals += uint64(len(queue))
 	id := uint64(g.cfg.Replica)
@@ -70,6 +73,9 @@ func (g *Group) propose() {
 	for i := range queue {
 		pr := &queue[i]
 		pr.index = next + uint64(i)
+		if pr.conf {
+			g.changing = pr.index
+		}
 		g.staged[EntryID{Index: pr.index, Term: g.hard.Term}] = held{payload: pr.payload}
 		pr.payload, pr.data = nil, nil
 	}
@@ -193,7 +199,7 @@ func (g *Group) accept(ents []*pb.Entry, w *LogWrite) bool {
 			en = staged
 		}
 		en.entry = e
-		w.Entries[i] = LogEntry{Term: id.Term, Index: id.Index, Data: e.GetData(), Payload: en.payload}
+		w.Entries[i] = LogEntry{Term: id.Term, Index: id.Index, Data: logData(e), Payload: en.payload}
 		g.tail.push(en)
 		g.host.retained.push(g, &en)
 	}
@@ -240,7 +246,7 @@ func (g *Group) respond(ms []*pb.Message) {
 func (g *Group) apply(m *pb.Message) {
 	for _, e := range m.GetEntries() {
 		id := EntryID{Index: e.GetIndex(), Term: e.GetTerm()}
-		res, err := g.host.applyEntry(g.cfg.State, e)
+		res, err := g.applyEntry(e)
 		if err != nil {
 			g.fail(block.Wrap(block.KindOf(err), err, "group %d: apply entry %d of term %d", g.cfg.Group, id.Index, id.Term))
 			return
@@ -265,11 +271,12 @@ func (g *Group) apply(m *pb.Message) {
 }
 
 // applyEntry decodes and applies one entry.
-func (h *Host) applyEntry(sm StateMachine, e *pb.Entry) (wire.ApplyResult, error) {
+func (g *Group) applyEntry(e *pb.Entry) (wire.ApplyResult, error) {
+	h, sm := g.host, g.cfg.State
 	id := EntryID{Index: e.GetIndex(), Term: e.GetTerm()}
 	switch {
 	case e.GetType() != pb.EntryNormal:
-		return wire.ApplyResult{}, block.Errorf(block.Unsupported, "entry type %s is not known to this build", e.GetType())
+		return wire.ApplyResult{}, g.applyChange(id, e)
 	case len(e.GetData()) == 0:
 		sm.ApplyEmpty(id)
 		return wire.ApplyResult{}, nil
@@ -314,9 +321,7 @@ func (g *Group) finishReads() {
 func heldOf(le LogEntry) held {
 	term, index := le.Term, le.Index
 	e := &pb.Entry{Term: &term, Index: &index}
-	if len(le.Data) > 0 {
-		e.Data = le.Data
-	}
+	takeLogData(e, le.Data)
 	return held{entry: e, payload: le.Payload}
 }
 

@@ -56,10 +56,6 @@ func (r *recovery) start() {
 		r.done(err)
 		return
 	}
-	if _, ok := conf.NodeOf(g.cfg.Replica); !ok {
-		r.done(block.Errorf(block.Corrupt, "not a member of its own group"))
-		return
-	}
 	g.conf = conf
 	g.applied = g.cfg.State.Applied()
 	g.hard = log.HardState()
@@ -130,7 +126,7 @@ func (r *recovery) take(ents []LogEntry) {
 		if le.Index > g.hard.Commit {
 			g.tail.push(en)
 			g.host.retained.push(g, &en)
-		} else if _, err := g.host.applyEntry(g.cfg.State, en.entry); err != nil {
+		} else if _, err := g.applyEntry(en.entry); err != nil {
 			r.done(fmt.Errorf("apply entry %d: %w", le.Index, err))
 			return
 		} else {

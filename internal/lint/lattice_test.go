@@ -77,7 +77,7 @@ var owners = map[string][]string{
 	"github.com/prometheus":             {"cmd/firn"},
 	"gopkg.in/yaml.v3":                  {"cmd/firn"},
 	"google.golang.org/grpc":            {"cluster/transport", "cluster/clusterpb", "cmd/firn", "cluster/meta"},
-	"google.golang.org/protobuf":        {"cluster/clusterpb", "cmd/firn"},
+	"google.golang.org/protobuf":        {"cluster/clusterpb", "cmd/firn", "cluster/raftgroup"},
 	"github.com/anishathalye/porcupine": {"test", "cluster", "gateway"},
 }
 

@@ -1,0 +1,298 @@
+package raftgroup_test
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"testing"
+	"time"
+
+	"firn.io/firn/cluster/raftgroup"
+	"firn.io/firn/cluster/transport/sim"
+	"firn.io/firn/cluster/wire"
+	"firn.io/firn/internal/block"
+)
+
+// churn replaces members of group 1, as a coordinator and the leaders do.
+type churn struct {
+	*cluster
+	birth []byte // the members that the group began with
+	order *raftgroup.Order
+	home  *process // of the new replica
+	used  map[block.ReplicaID]bool
+	done  int
+}
+
+func newChurn(t *testing.T, seed uint64) *churn {
+	c := &churn{cluster: newCluster(t, seed, 3, 1, raftgroup.Limits{}), used: map[block.ReplicaID]bool{1: true, 2: true, 3: true}}
+	conf := raftgroup.NewConf(map[block.ReplicaID]block.NodeID{1: 1, 2: 2, 3: 3})
+	c.birth = conf.Append(nil)
+	return c
+}
+
+// wipe takes the disk of a process away for good.
+func (c *churn) wipe(p *process) {
+	if !p.loop.Dead() {
+		p.crash()
+	}
+	delete(p.disks, 1)
+	delete(p.ids, 1)
+	p.start()
+}
+
+// decide orders a new replica on p in the place of what p held.
+func (c *churn) decide(p *process, old block.ReplicaID) {
+	l := c.leader(1)
+	if l == nil || c.order != nil {
+		return
+	}
+	conf := l.host.Group(1).Conf()
+	id := conf.LastReplica + 1
+	if c.used[id] {
+		c.t.Fatalf("replica id %d is handed out twice", id)
+	}
+	c.used[id] = true
+	c.order = &raftgroup.Order{Base: conf.Index, Add: []raftgroup.Member{{Replica: id, Node: p.id}}, Remove: []block.ReplicaID{old}}
+	c.home = p
+	p.ids[1] = id
+	p.disks[1] = newDisk(c.birth)
+	p.loop.Post(func() {
+		if p.logs[1] == nil { // else it found the disk when it started
+			p.logs[1] = newLog(p, p.disks[1])
+			p.open(1)
+		}
+	})
+}
+
+// pursue lets every process that believes that it leads take a step.
+func (c *churn) pursue() {
+	if c.order == nil {
+		return
+	}
+	o := *c.order
+	for _, p := range c.procs {
+		if p.loop.Dead() {
+			continue
+		}
+		p.loop.Post(func() {
+			if gr := p.host.Group(1); gr != nil && gr.Leading() {
+				gr.Pursue(o)
+			}
+		})
+	}
+	if l := c.leader(1); l != nil {
+		conf := l.host.Group(1).Conf()
+		votes := slices.ContainsFunc(conf.Members, func(m raftgroup.Member) bool {
+			return m.Replica == o.Add[0].Replica && m.Role == raftgroup.Voter
+		})
+		if _, still := conf.NodeOf(o.Remove[0]); votes && !still {
+			c.order = nil
+			c.done++
+		}
+	}
+}
+
+// finish pursues the order until it is done.
+func (c *churn) finish() {
+	c.t.Helper()
+	for range 600 {
+		if c.pursue(); c.order == nil {
+			return
+		}
+		c.world.RunFor(100 * time.Millisecond)
+	}
+	c.t.Fatalf("no replacement within a minute: %+v", *c.order)
+}
+
+func (c *churn) replace(p *process) {
+	c.t.Helper()
+	old := p.replica(1)
+	c.wipe(p)
+	c.elect(1)
+	c.decide(p, old)
+	c.finish()
+}
+
+func TestALostReplicaIsReplacedUnderANewID(t *testing.T) {
+	c := newChurn(t, 1)
+	for range 40 {
+		c.ok(c.propose(c.elect(1), 1, 1))
+	}
+	for i, p := range c.procs {
+		c.replace(p)
+		c.ok(c.propose(c.elect(1), 1, 1))
+		c.agree(1)
+		if conf := c.elect(1).host.Group(1).Conf(); len(conf.Members) != 3 || conf.LastReplica != block.ReplicaID(4+i) {
+			t.Fatalf("members %+v", conf)
+		}
+	}
+	for _, p := range c.procs { // all restart from the logs, changes of members included
+		p.crash()
+		p.start()
+	}
+	c.ok(c.propose(c.elect(1), 1, 1))
+	c.agree(1)
+	c.checkLogs()
+}
+
+func TestANewReplicaIsFilledBelowTheLog(t *testing.T) {
+	c := newChurn(t, 2)
+	for range 40 {
+		c.ok(c.propose(c.elect(1), 1, 1))
+	}
+	c.agree(1)
+	for _, p := range c.procs {
+		p.checkpoint(1)
+		at := p.disks[1].checkpoint.applied.Index
+		p.loop.Post(func() { p.host.Group(1).Truncate(at, nil) })
+	}
+	c.world.RunFor(time.Second)
+	c.replace(c.procs[1])
+	if c.procs[1].copies == 0 {
+		t.Fatal("it was not filled by a copy")
+	}
+	c.ok(c.propose(c.elect(1), 1, 1))
+	c.agree(1)
+}
+
+func TestAChangeOfMembersDecidedOnOthersIsVoid(t *testing.T) {
+	c := newChurn(t, 3)
+	l := c.elect(1)
+	was := l.host.Group(1).Conf()
+	for _, ch := range []raftgroup.Change{
+		{Kind: raftgroup.AddLearner, Base: was.Index - 1, Members: []raftgroup.Member{{Replica: 4, Node: 4}}},
+		{Kind: raftgroup.AddLearner, Base: was.Index, Members: []raftgroup.Member{{Replica: 3, Node: 4}}}, // an id that was used
+		{Kind: raftgroup.Replace, Base: was.Index, Members: []raftgroup.Member{{Replica: 4, Node: 4}}},
+		{Kind: raftgroup.Leave, Base: was.Index},
+		{Kind: raftgroup.Replace, Base: was.Index, Remove: []block.ReplicaID{1, 2, 3}},
+	} {
+		status := wire.StatusOK
+		l.loop.Post(func() {
+			l.host.Group(1).ChangeMembers(ch, func(_ uint64, st wire.Status) { status = st })
+		})
+		c.world.RunFor(time.Second)
+		if now := l.host.Group(1).Conf(); status != wire.StatusInvalid || now.Index != was.Index {
+			t.Errorf("%+v: status %v, members %+v", ch, status, now)
+		}
+	}
+	// Two that were decided on the same members, under way at once: one counts.
+	l.loop.Post(func() {
+		for id := range 2 {
+			l.host.Group(1).ChangeMembers(raftgroup.Change{Kind: raftgroup.AddLearner, Base: was.Index,
+				Members: []raftgroup.Member{{Replica: block.ReplicaID(4 + id), Node: block.NodeID(4 + id)}}}, func(uint64, wire.Status) {})
+		}
+	})
+	c.world.RunFor(time.Second)
+	if now := c.elect(1).host.Group(1).Conf(); len(now.Members) != 4 {
+		t.Fatalf("members %+v", now)
+	}
+	c.agree(1)
+}
+
+// churnChaos wipes and replaces members under crashes, cuts and loss, one at a
+// time, and checks that nothing acknowledged is lost and no id comes twice.
+func churnChaos(t *testing.T, seed uint64, steps int) int {
+	c := newChurn(t, seed)
+	r := c.world.Rand()
+	var open []*outcome
+	var acked []block.OpSeq
+	for range steps {
+		p := c.procs[r.IntN(3)]
+		switch n := r.IntN(100); {
+		case n < 60:
+			if l := c.leader(1); l != nil {
+				open = append(open, c.propose(l, 1, r.IntN(4)))
+			}
+		case n < 66 && c.order == nil:
+			// The wiped one must not be needed: the others hold all of it.
+			others := 0
+			for _, q := range c.procs {
+				if q != p && !q.loop.Dead() {
+					others++
+				}
+			}
+			if l := c.leader(1); others == 2 && l != nil && l != p {
+				old := p.replica(1)
+				c.wipe(p)
+				c.decide(p, old)
+			}
+		case n < 72:
+			if p.loop.Dead() {
+				p.start()
+			} else {
+				p.crash()
+			}
+		case n < 75:
+			c.net.Cut(addr(p.id), addr(c.procs[r.IntN(3)].id))
+		case n < 82:
+			c.net.HealAll()
+		case n < 85:
+			c.net.SetFaults(sim.Faults{MinDelay: time.Microsecond, MaxDelay: time.Duration(1+r.IntN(20)) * time.Millisecond, LossPerMille: r.IntN(100)})
+		case n < 92:
+			if l := c.leader(1); l != nil {
+				l.loop.Post(func() { l.host.Group(1).SendLeaderAway() })
+			}
+		case n < 96:
+			if gr := p.host.Group(1); gr != nil && !p.loop.Dead() && p.states[1] != nil {
+				p.checkpoint(1)
+				at := p.disks[1].checkpoint.applied.Index
+				p.loop.Post(func() { gr.Truncate(at, nil) })
+			}
+		}
+		c.world.RunFor(time.Duration(r.IntN(60)) * time.Millisecond)
+		c.pursue()
+		open = slices.DeleteFunc(open, func(o *outcome) bool {
+			if o.ended > 0 && o.status == wire.StatusOK {
+				acked = append(acked, o.opSeq)
+			}
+			return o.ended > 0
+		})
+	}
+	c.net.HealAll()
+	c.net.SetFaults(sim.Faults{})
+	for _, p := range c.procs {
+		if p.loop.Dead() {
+			p.start()
+		}
+	}
+	c.finish()
+	c.world.RunFor(3 * time.Second)
+	c.ok(c.propose(c.elect(1), 1, 1))
+	c.agree(1)
+	c.checkLogs()
+	for _, p := range c.procs {
+		for _, err := range p.failed {
+			t.Errorf("node %d halted: %v", p.id, err)
+		}
+		for _, op := range acked {
+			if n := countOf(p.states[1].ops, op); n != 1 {
+				t.Errorf("node %d applied acknowledged command %d %d times", p.id, op, n)
+			}
+		}
+	}
+	return c.done
+}
+
+func countOf(ops []block.OpSeq, op block.OpSeq) int {
+	n := 0
+	for _, o := range ops {
+		if o == op {
+			n++
+		}
+	}
+	return n
+}
+
+func TestChaosOfReplacements(t *testing.T) {
+	seeds, total := 12, 0
+	if os.Getenv("FIRN_TEST_LONG") != "" {
+		seeds = 500
+	}
+	for seed := range seeds {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { total += churnChaos(t, uint64(seed)+900, 300) })
+	}
+	t.Logf("%d replacements", total)
+	if !t.Failed() && total < seeds {
+		t.Fatalf("%d replacements by %d seeds prove little", total, seeds)
+	}
+}
