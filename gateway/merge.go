@@ -3,7 +3,10 @@ package gateway
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
+
+	"firn.io/firn/internal/block"
 )
 
 // mergeBytes is the least length of a change to zeros that merges with others.
@@ -71,6 +74,10 @@ func (m *merger) start(run []*change, end int64) {
 		c.prepareZero(run[0].off, end-run[0].off, c.v.geom.Load().SizeBytes)
 		c.finish = func() {
 			for _, each := range run {
+				if errors.Is(c.err, block.OutOfRange) { // the volume shrank: each is judged by itself
+					each.claim()
+					continue
+				}
 				each.fail(c.err)
 			}
 		}

@@ -80,3 +80,33 @@ func TestMergedTrimsFailAlone(t *testing.T) {
 		t.Errorf("a trim beyond the new end: %v", err)
 	}
 }
+
+// TestMergedTrimFailsInParts lets the volume shrink while trims that are one
+// already wait for a write.
+func TestMergedTrimFailsInParts(t *testing.T) {
+	const size = 1 << 30
+	w := newWorld(t, 3, size)
+	w.m.hold = true
+	errs := map[int64]error{}
+	done := func(at int64) func(error) { return func(err error) { errs[at] = err } }
+	w.v.ZeroAsync(context.Background(), 0, mergeBytes, done(0))
+	w.until("the first trim", func() bool { return len(w.m.held) == 1 })
+	w.v.WriteAsync(context.Background(), make([]byte, block.Size), size/2-mergeBytes, done(1))
+	w.until("the write", func() bool { return len(w.m.held) == 2 })
+	w.v.ZeroAsync(context.Background(), size/2-mergeBytes, mergeBytes, done(2))
+	w.v.ZeroAsync(context.Background(), size/2, mergeBytes, done(3))
+	first := w.m.held[0]
+	w.m.held = w.m.held[1:]
+	first()
+	w.until("the merged trims to wait", func() bool { return len(w.v.marks.waiting) == 1 && len(w.v.merger.queue) == 0 })
+	w.m.geom.SizeBytes = size / 2
+	w.m.changed()
+	w.m.releaseHeld()
+	w.until("the answer to all", func() bool { return len(errs) == 4 })
+	if errs[0] != nil || errs[1] != nil || errs[2] != nil {
+		t.Errorf("what is within the volume: %v", errs)
+	}
+	if err := errs[3]; err == nil || block.KindOf(err) != block.OutOfRange {
+		t.Errorf("a trim beyond the new end: %v", err)
+	}
+}
