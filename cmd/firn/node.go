@@ -98,7 +98,7 @@ func newNode(c *console, r *remote) *cobra.Command {
 				parts.push("readiness", func(context.Context) error { page.waitsFor("it is stopping"); return nil })
 				starting, cancel := context.WithTimeout(ctx, startTime)
 				defer cancel()
-				if err := c.waiting(starting, "starting", s.awaitReady); err != nil {
+				if err := c.waiting(starting, "starting", s.awaitStarted); err != nil {
 					return err
 				}
 				return c.print(v, func(w io.Writer) {

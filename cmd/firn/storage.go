@@ -139,8 +139,41 @@ func (s *storage) status() (st node.Status, ok bool) {
 	return st, ok
 }
 
-// ready tells why the node is not.
-func (s *storage) ready(context.Context) error {
+// ready tells why another node should not be taken away now: this one has not
+// started, or has replicas that do not follow their leaders yet.
+func (s *storage) ready(ctx context.Context) error {
+	if err := s.started(ctx); err != nil {
+		return err
+	}
+	st, ok := s.status()
+	if !ok {
+		return block.Errorf(block.Unavailable, "node %d is stopping", s.node.ID())
+	}
+	if behind := behind(st); behind > 0 {
+		return block.Errorf(block.Unavailable, "node %d is catching up: %d of %d replicas have no leader, or not applied what it committed",
+			s.node.ID(), behind, len(st.Replicas))
+	}
+	return nil
+}
+
+// behind counts the replicas that do not follow their leader, but those on disks
+// that failed.
+func behind(st node.Status) int {
+	failed := map[block.DiskID]bool{}
+	for _, d := range st.Disks {
+		failed[d.ID] = d.Failed != ""
+	}
+	n := 0
+	for _, r := range st.Replicas {
+		if !failed[r.Disk] && (!r.Open || r.Leader == 0 || r.Applied < r.Committed) {
+			n++
+		}
+	}
+	return n
+}
+
+// started tells why the node has not.
+func (s *storage) started(context.Context) error {
 	ready := false
 	if !s.loop.Call(func() { ready = s.node.Ready() }) || !ready {
 		return block.Errorf(block.Unavailable, "node %d is not ready: it is not registered, or a replica is still being opened", s.node.ID())
@@ -148,9 +181,9 @@ func (s *storage) ready(context.Context) error {
 	return nil
 }
 
-// awaitReady waits until the node is ready. Busy: another process is that node.
-func (s *storage) awaitReady(ctx context.Context) error {
-	err := awaitReady(ctx, s.ready)
+// awaitStarted waits until the node has started. Busy: another process is that node.
+func (s *storage) awaitStarted(ctx context.Context) error {
+	err := awaitReady(ctx, s.started)
 	if err == nil {
 		return nil
 	}

@@ -200,13 +200,15 @@ func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts 
 	}
 	metrics := listeners.page.metrics
 	var nodes []*storage
-	ready := func(ctx context.Context) error {
-		for _, n := range nodes {
-			if err := n.ready(ctx); err != nil {
-				return err
+	all := func(holds func(*storage, context.Context) error) func(context.Context) error {
+		return func(ctx context.Context) error {
+			for _, n := range nodes {
+				if err := holds(n, ctx); err != nil {
+					return err
+				}
 			}
+			return nil
 		}
-		return nil
 	}
 	for i := 1; i <= state.Nodes; i++ {
 		listen := fmt.Sprintf("node-%d", i)
@@ -224,11 +226,11 @@ func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts 
 	}
 	starting, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
-	if err := c.waiting(starting, "starting", func(ctx context.Context) error { return awaitReady(ctx, ready) }); err != nil {
+	if err := c.waiting(starting, "starting", func(ctx context.Context) error { return awaitReady(ctx, all((*storage).started)) }); err != nil {
 		return err
 	}
 	s, err := openGateway(ctx, gatewayConfig{
-		id: "up", cluster: clusterMeta.ID, folder: state.Folder, store: etcd.store, network: network, fronts: listeners, metrics: metrics, ready: ready,
+		id: "up", cluster: clusterMeta.ID, folder: state.Folder, store: etcd.store, network: network, fronts: listeners, metrics: metrics, ready: all((*storage).ready),
 	}, parts, failed)
 	if err != nil {
 		return err

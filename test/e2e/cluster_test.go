@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -210,7 +211,7 @@ func TestThreeNodesOneKilledUnderLoad(t *testing.T) {
 // applied what their leaders had committed.
 func (c *cluster) awaitCaughtUp(i int) {
 	c.t.Helper()
-	http := c.args[i][len(c.args[i])-3]
+	http := c.args[i][slices.Index(c.args[i], "--http")+1]
 	awaitTrue(c.t, fmt.Sprintf("node %d to catch up", i+1), func() bool { return httpStatus("http://"+http+"/readyz") == 200 })
 }
 

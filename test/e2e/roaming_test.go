@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -44,8 +45,8 @@ type incarnation struct {
 	gateway int
 	conns   []*client.Conn
 	next    int
-	broken  chan struct{} // closed by whoever gives it up
 	once    sync.Once
+	silent  atomic.Bool
 }
 
 func (i *incarnation) abandon() {
@@ -53,8 +54,13 @@ func (i *incarnation) abandon() {
 		for _, c := range i.conns {
 			c.Abort()
 		}
-		close(i.broken)
 	})
+}
+
+// hush gives it up because nothing was answered: the next is dialed elsewhere.
+func (i *incarnation) hush() {
+	i.silent.Store(true)
+	i.abandon()
 }
 
 func roam(t testing.TB, volume string, gateways ...string) *roamingDevice {
@@ -91,9 +97,12 @@ func (d *roamingDevice) connected(ctx context.Context, old *incarnation) (*incar
 	if d.current != old {
 		return d.current, nil
 	}
-	in := &incarnation{number: 1, broken: make(chan struct{})}
+	in := &incarnation{number: 1}
 	if old != nil {
 		in.number, in.gateway = old.number, old.gateway
+		if old.silent.Load() {
+			in.gateway = (in.gateway + 1) % len(d.gateways)
+		}
 	}
 	deadline := time.Now().Add(standstill)
 	pause := time.NewTicker(50 * time.Millisecond)
@@ -152,7 +161,7 @@ func (d *roamingDevice) do(ctx context.Context, command wire.Command, data []byt
 		c := in.conns[in.next%len(in.conns)]
 		in.next++
 		d.mu.Unlock()
-		watch := time.AfterFunc(silence, in.abandon)
+		watch := time.AfterFunc(silence, in.hush)
 		err = c.Do(context.WithoutCancel(ctx), &client.Call{Command: command, Data: data, Off: uint64(off), Bytes: uint64(n)})
 		watch.Stop()
 		var refused wire.Errno
