@@ -2,7 +2,7 @@
 
 export PATH := $(PATH):$(shell go env GOPATH)/bin
 .DEFAULT_GOAL := help
-.PHONY: help build check test test-long sim fuzz bench images proto fmt
+.PHONY: help build check test test-long sim fuzz mutants bench images proto fmt
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
