@@ -91,13 +91,15 @@ func run(ctx context.Context, o options) error {
 
 // row is one job on one server.
 type row struct {
-	server string
-	job    job
-	fio    fioResult
+	server   string
+	replicas int // 0: not Firn
+	job      job
+	fio      fioResult
 	// serverCPU is the processor time of the server's processes per operation;
 	// totalCPU adds the client's.
 	serverCPU, totalCPU time.Duration
-	// device counts what the server wrote to its disks; zero where unknown.
+	// device counts what the server wrote to its disks, with the index's part of
+	// it up to the next checkpoint; zero where unknown.
 	device counters
 }
 
@@ -119,6 +121,9 @@ func measure(ctx context.Context, s server, dir string, each time.Duration) ([]r
 	if _, err := runFio(ctx, run.uri, job{name: "fill", rw: "write", blockBytes: 1 << 20, depth: 4}, 0); err != nil {
 		return nil, err
 	}
+	if _, err := run.settled(ctx); err != nil {
+		return nil, errors.Join(err, run.died())
+	}
 	var rows []row
 	for _, j := range jobs {
 		before, cpu := run.counters(ctx), run.cpu()
@@ -126,12 +131,19 @@ func measure(ctx context.Context, s server, dir string, each time.Duration) ([]r
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("job %q: %w", j.name, err), run.died())
 		}
-		r := row{server: s.name, job: j, fio: res}
+		r := row{server: s.name, replicas: s.replicas, job: j, fio: res}
 		if res.ops > 0 {
 			r.serverCPU = (run.cpu() - cpu) / time.Duration(res.ops)
 			r.totalCPU = r.serverCPU + res.clientCPU/time.Duration(res.ops)
 		}
 		r.device = run.counters(ctx).minus(before)
+		if j.writes() {
+			after, err := run.settled(ctx)
+			if err != nil {
+				return nil, errors.Join(err, run.died())
+			}
+			r.device.index = after.index - before.index
+		}
 		fmt.Fprintf(os.Stderr, "%-34s %-22s %9.0f op/s  median %v  server CPU %v/op\n", s.name, j.name, res.iops, res.median, r.serverCPU)
 		rows = append(rows, r)
 	}

@@ -42,11 +42,13 @@ func report(rows []row, front, micro []string, o options) string {
 	p("Measured %s on %d processors (%s), %v a job, a volume of %d MiB, written once before. Client: fio with its nbd engine, one connection.",
 		time.Now().Format(time.DateOnly), runtime.NumCPU(), cpuModel(), o.each, volumeBytes>>20)
 	p("Absolute numbers are this machine's; compare the columns of one table.")
+	p("Log bytes are batches: entries and headers. Survivors that collection moved and spare segments zeroed ahead are apart; index bytes include the checkpoint of what the job wrote.")
+	aims(rows, micro, p)
 	peers := serverNames(rows)
 	for _, j := range jobs {
 		p("\n### %s in flight\n", j.name)
-		p("| server | op/s | MiB/s | median | p99 | server CPU/op | with the client's | log bytes/user byte | index bytes/user byte | syncs/op |")
-		p("|---|---|---|---|---|---|---|---|---|---|")
+		p("| server | op/s | MiB/s | median | p99 | server CPU/op | with the client's | allocations/op | log bytes/user byte | moved | zeroed | index bytes/user byte | syncs/op |")
+		p("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
 		for _, s := range peers {
 			for _, r := range rows {
 				if r.server == s && r.job == j {
@@ -87,13 +89,44 @@ func (r row) cells() string {
 		}
 		return fmt.Sprintf("%.2f", part/float64(r.fio.bytes))
 	}
-	syncs := "-"
-	if r.device.syncs > 0 && r.fio.ops > 0 {
-		syncs = fmt.Sprintf("%.2f", r.device.syncs/float64(r.fio.ops))
+	perOp := func(n float64) string {
+		if n == 0 || r.fio.ops == 0 {
+			return "-"
+		}
+		return fmt.Sprintf("%.2f", n/float64(r.fio.ops))
 	}
-	us := func(d time.Duration) string { return fmt.Sprintf("%.0f us", float64(d)/1e3) }
-	return fmt.Sprintf("| %s | %.0f | %.0f | %s | %s | %s | %s | %s | %s | %s |", r.server, r.fio.iops, r.fio.bytesPerSec/(1<<20),
-		us(r.fio.median), us(r.fio.p99), us(r.serverCPU), us(r.totalCPU), ratio(r.device.log), ratio(r.device.index), syncs)
+	return fmt.Sprintf("| %s | %.0f | %.0f | %s | %s | %s | %s | %s | %s | %s | %s | %s | %s |", r.server, r.fio.iops, r.fio.bytesPerSec/(1<<20),
+		micros(r.fio.median), micros(r.fio.p99), micros(r.serverCPU), micros(r.totalCPU), perOp(r.device.mallocs),
+		ratio(r.device.batches), ratio(r.device.moved), ratio(r.device.zeroed), ratio(r.device.index), perOp(r.device.syncs))
+}
+
+func micros(d time.Duration) string { return fmt.Sprintf("%.0f us", float64(d)/1e3) }
+
+// aims puts what was measured beside what it should be. Nothing is printed of
+// what was not measured.
+func aims(rows []row, micro []string, p func(string, ...any)) {
+	p("\n### Aims\n\n| what | aim | server | measured |\n|---|---|---|---|")
+	for _, r := range rows {
+		if r.replicas == 0 || r.job.rw != "randwrite" || r.fio.ops == 0 {
+			continue
+		}
+		perReplica := (r.device.batches + r.device.index) / float64(r.fio.bytes) / float64(r.replicas)
+		switch {
+		case r.job.depth == 1 && r.replicas == 3:
+			p("| 4 KiB random write, 1 in flight, median | <= 600 us | %s | %s |", r.server, micros(r.fio.median))
+		case r.job.depth == 32:
+			if r.replicas == 3 {
+				p("| 4 KiB random write, 32 in flight | >= 10000/s | %s | %.0f/s |", r.server, r.fio.iops)
+				p("| CPU of all processes for a replicated 4 KiB write | <= 100 us | %s | %s |", r.server, micros(r.totalCPU))
+			}
+			p("| log and index bytes per user byte and replica, 32 in flight | <= 1.15 | %s | %.2f |", r.server, perReplica)
+		}
+	}
+	for _, l := range micro {
+		if f := strings.Fields(l); strings.HasPrefix(l, "BenchmarkReaderPath") && len(f) > 2 {
+			p("| allocations of the NBD reader path | 0 | %s | %s |", f[0], f[len(f)-2])
+		}
+	}
 }
 
 func cpuModel() string {

@@ -19,8 +19,9 @@ import (
 
 // server is one thing to measure.
 type server struct {
-	name  string
-	start func(ctx context.Context, dir string) (*running, error)
+	name     string
+	replicas int // of Firn
+	start    func(ctx context.Context, dir string) (*running, error)
 }
 
 // running is a started server with its process group.
@@ -39,12 +40,12 @@ func servers(firn string) []server {
 		return func(ctx context.Context, dir string) (*running, error) { return startFirn(ctx, firn, dir, args...) }
 	}
 	return []server{
-		{"nbdkit memory", startNbdkit},
-		{"qemu-nbd file, cached", startQemu("writeback")},
-		{"qemu-nbd file, durable", startQemu("directsync")},
-		{"firn 1 replica", up("--nodes", "1")},
-		{"firn 3 replicas, in process", up("--nodes", "3")},
-		{"firn 3 replicas, gRPC", up("--nodes", "3", "--wire")},
+		{"nbdkit memory", 0, startNbdkit},
+		{"qemu-nbd file, cached", 0, startQemu("writeback")},
+		{"qemu-nbd file, durable", 0, startQemu("directsync")},
+		{"firn 1 replica", 1, up("--nodes", "1")},
+		{"firn 3 replicas, in process", 3, up("--nodes", "3")},
+		{"firn 3 replicas, gRPC", 3, up("--nodes", "3", "--wire")},
 	}
 }
 
@@ -204,10 +205,42 @@ func (r *running) cpu() time.Duration {
 }
 
 // counters are read from /metrics, summed over a process's disks.
-type counters struct{ log, index, user, syncs float64 }
+type counters struct {
+	// batches, moved and zeroed are bytes that logs wrote: entries with all
+	// headers, survivors of collection, spare segments ahead of their use.
+	batches, moved, zeroed float64
+	index, syncs, mallocs  float64
+	// pending is a level: updates that are in no checkpoint.
+	pending float64
+}
 
 func (c counters) minus(o counters) counters {
-	return counters{c.log - o.log, c.index - o.index, c.user - o.user, c.syncs - o.syncs}
+	return counters{batches: c.batches - o.batches, moved: c.moved - o.moved, zeroed: c.zeroed - o.zeroed,
+		index: c.index - o.index, syncs: c.syncs - o.syncs, mallocs: c.mallocs - o.mallocs, pending: c.pending}
+}
+
+// settleTime bounds the wait for a checkpoint; one is due when the oldest change
+// is a minute old.
+const settleTime = 2 * time.Minute
+
+// settled returns the counters, empty for other servers than Firn, once checkpoints hold all that was written, so
+// that what the index writes for a job is counted to that job.
+func (r *running) settled(ctx context.Context) (counters, error) {
+	ctx, cancel := context.WithTimeout(ctx, settleTime)
+	defer cancel()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		c := r.counters(ctx)
+		if (r.metrics == "" || c.mallocs > 0) && c.pending == 0 && ctx.Err() == nil {
+			return c, nil
+		}
+		select {
+		case <-ctx.Done():
+			return c, fmt.Errorf("%.0f updates are in no checkpoint after %v: %w", c.pending, settleTime, ctx.Err())
+		case <-tick.C:
+		}
+	}
 }
 
 func (r *running) counters(ctx context.Context) (c counters) {
@@ -231,12 +264,18 @@ func (r *running) counters(ctx context.Context) (c counters) {
 			continue
 		}
 		switch {
-		case strings.HasPrefix(name, "firn_disk_written_bytes_total") && strings.Contains(name, `class="log"`):
-			c.log += v
+		case strings.HasPrefix(name, "firn_disk_log_written_bytes_total") && strings.Contains(name, `what="batch"`):
+			c.batches += v
+		case strings.HasPrefix(name, "firn_disk_log_written_bytes_total") && strings.Contains(name, `what="moved"`):
+			c.moved += v
+		case strings.HasPrefix(name, "firn_disk_log_written_bytes_total") && strings.Contains(name, `what="zeroed"`):
+			c.zeroed += v
+		case strings.HasPrefix(name, "firn_disk_pending_updates"):
+			c.pending += v
 		case strings.HasPrefix(name, "firn_disk_written_bytes_total") && strings.Contains(name, `class="index"`):
 			c.index += v
-		case strings.HasPrefix(name, "firn_volume_written_bytes_total"):
-			c.user += v
+		case name == "go_memstats_mallocs_total":
+			c.mallocs = v
 		case strings.HasPrefix(name, "firn_disk_syncs_total"):
 			c.syncs += v
 		}

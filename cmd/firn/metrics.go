@@ -5,6 +5,7 @@ import (
 
 	"firn.io/firn/cluster/node"
 	"firn.io/firn/gateway"
+	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/vfs"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/wire"
@@ -34,6 +35,8 @@ var (
 	diskSize      = describe("disk_size_bytes", "What Firn may fill of the disk.", "node", "disk")
 	diskTaken     = describe("disk_taken_bytes", "What is taken of it.", "node", "disk")
 	diskLive      = describe("disk_live_bytes", "Live data.", "node", "disk")
+	diskLogOut    = describe("disk_log_written_bytes_total", "Bytes that the log wrote: batch (entries and all headers), moved (survivors of collection), zeroed (spare segments, ahead of their use).", "node", "disk", "what")
+	diskPending   = describe("disk_pending_updates", "Updates of the index that no checkpoint holds yet.", "node", "disk")
 	diskLog       = describe("disk_log_bytes", "What the Raft logs claim.", "node", "disk")
 	diskRoom      = describe("disk_room_bytes", "What live data and logs may take of it: watermarks count from this.", "node", "disk")
 	diskState     = describe("disk_state", "1 ok, 2 filling (75 %), 3 slow (85 %), 4 full (90 %: writes are refused), 5 failed.", "node", "disk")
@@ -56,6 +59,8 @@ var (
 	nbdOpen       = describe("nbd_connections", "Open NBD connections.")
 	nbdAccepted   = describe("nbd_accepted_total", "Accepted NBD connections.")
 	nbdBad        = describe("nbd_bad_connections_total", "Connections that ended for a reason.", "reason")
+	nbdEncrypted  = describe("nbd_tls_total", "NBD connections that started TLS.")
+	nbdInFlight   = describe("nbd_in_flight_bytes", "Payload that NBD connections hold.")
 	nbdRequests   = describe("nbd_requests_total", "NBD requests.", "command")
 	nbdErrors     = describe("nbd_errors_total", "NBD errors.", "errno")
 )
@@ -83,6 +88,10 @@ func nodeMetrics(id string, fs vfs.FS, status func() (node.Status, bool)) collec
 			emit(diskTaken, prometheus.GaugeValue, float64(d.TakenBytes), id, disk)
 			emit(diskLive, prometheus.GaugeValue, float64(d.LiveBytes), id, disk)
 			emit(diskLog, prometheus.GaugeValue, float64(d.LogBytes), id, disk)
+			emit(diskLogOut, prometheus.CounterValue, float64(d.Log.BatchBlocks-d.Log.MoveBlocks)*block.Size, id, disk, "batch")
+			emit(diskLogOut, prometheus.CounterValue, float64(d.Log.MoveBlocks)*block.Size, id, disk, "moved")
+			emit(diskLogOut, prometheus.CounterValue, float64(d.Log.ZeroedBytes), id, disk, "zeroed")
+			emit(diskPending, prometheus.GaugeValue, float64(d.Pending), id, disk)
 			emit(diskRoom, prometheus.GaugeValue, float64(d.Health.RoomBytes), id, disk)
 			emit(diskState, prometheus.GaugeValue, float64(d.Health.State), id, disk)
 			emit(diskCorrupt, prometheus.CounterValue, float64(d.Health.Corrupt), id, disk)
@@ -141,6 +150,8 @@ func gatewayMetrics(g *gateway.Gateway, server *nbd.Server) collector {
 		s := server.Stats()
 		emit(nbdOpen, prometheus.GaugeValue, float64(s.Connections))
 		emit(nbdAccepted, prometheus.CounterValue, float64(s.Accepted))
+		emit(nbdEncrypted, prometheus.CounterValue, float64(s.Encrypted))
+		emit(nbdInFlight, prometheus.GaugeValue, float64(s.InFlightBytes))
 		emit(nbdBad, prometheus.CounterValue, float64(s.Refused), "refused")
 		emit(nbdBad, prometheus.CounterValue, float64(s.HandshakeFailures), "handshake")
 		emit(nbdBad, prometheus.CounterValue, float64(s.Violations), "violation")
