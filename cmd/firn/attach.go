@@ -24,13 +24,13 @@ import (
 
 // attachFlags are those of `firn attach`.
 type attachFlags struct {
-	gateways               []string
-	connections            int
-	device                 string
-	blockSize              int
-	deadTime, wait         time.Duration
-	foreground             bool
-	http, runDir, logLevel string
+	gateways                    []string
+	connections                 int
+	device                      string
+	blockSize                   int
+	deadTime, wait, requestTime time.Duration
+	foreground                  bool
+	http, runDir, logLevel      string
 }
 
 const attachLong = `Make a volume a block device of this machine: /dev/nbdN, and /dev/firn/NAME.
@@ -69,6 +69,7 @@ func newAttach(c *console) *cobra.Command {
 	flags.IntVar(&f.connections, "connections", 1, "connections side by side; more of them are faster, see the documentation for their limit")
 	flags.StringVar(&f.device, "device", "", "the device to use, /dev/nbdN (default: any that is free)")
 	flags.IntVar(&f.blockSize, "block-size", 512, "logical block of the device in bytes: 512 or 4096")
+	flags.DurationVar(&f.requestTime, "request-time", 0, "a request without an answer for this long is sent again on a new connection (default 5s, or 30s with several connections)")
 	flags.DurationVar(&f.deadTime, "dead-time", 0, "without a gateway for this long, requests fail; 0: they wait")
 	flags.DurationVar(&f.wait, "wait", 0, "how long to try if no gateway answers at first")
 	flags.BoolVar(&f.foreground, "foreground", false, "stay in the foreground, as under systemd")
@@ -80,7 +81,7 @@ func newAttach(c *console) *cobra.Command {
 }
 
 func (f *attachFlags) config(name string) (attach.Config, error) {
-	cfg := attach.Config{Export: name, Gateways: f.gateways, Connections: f.connections, Index: -1, BlockBytes: f.blockSize, DeadTime: f.deadTime}
+	cfg := attach.Config{Export: name, Gateways: f.gateways, Connections: f.connections, Index: -1, BlockBytes: f.blockSize, RequestTime: f.requestTime, DeadTime: f.deadTime}
 	if err := meta.CheckVolumeName(name); err != nil {
 		return cfg, err
 	}
@@ -172,7 +173,7 @@ func (a *attachment) arguments() []string {
 	f := a.flags
 	args := []string{"attach", a.cfg.Export, "--foreground", "--run-dir", f.runDir, "--gateway", strings.Join(f.gateways, ","),
 		"--connections", strconv.Itoa(f.connections), "--block-size", strconv.Itoa(f.blockSize),
-		"--dead-time", f.deadTime.String(), "--wait", f.wait.String(), "--log-level", f.logLevel}
+		"--request-time", f.requestTime.String(), "--dead-time", f.deadTime.String(), "--wait", f.wait.String(), "--log-level", f.logLevel}
 	if f.device != "" {
 		args = append(args, "--device", f.device)
 	}

@@ -265,10 +265,16 @@ func detachDevice(c *console, dir, named string, force bool) (done bool, err err
 		}
 	}
 	files := attachFiles{dir, v.Export}
-	if err := attach.Disconnect(v.Index); err != nil {
-		return true, err
+	if v.Kept {
+		// Else its process would see connections that end, and make new ones.
+		if err := syscall.Kill(v.PID, syscall.SIGTERM); err != nil {
+			return true, fmt.Errorf("end the process %d that keeps %s: %w", v.PID, v.Device, err)
+		}
 	}
 	if err := files.awaitRelease(); err != nil {
+		return true, err
+	}
+	if err := attach.Disconnect(v.Index); err != nil {
 		return true, err
 	}
 	if err := files.remove(); err != nil {

@@ -38,6 +38,11 @@ import (
 const MaxConnections = 16
 
 const (
+	// requestTime and requestTimeSeveral are Config.RequestTime for one and for
+	// several connections. Several: what is repeated on another connection is
+	// fenced by nothing, so it must be above what any server takes.
+	requestTime        = 5 * time.Second
+	requestTimeSeveral = 30 * time.Second
 	// infoTime bounds the question whether a server is there and has the export.
 	infoTime = 2 * time.Second
 	// enterTime bounds entering an export: a gateway that takes a volume over
@@ -73,6 +78,12 @@ type Config struct {
 	Index int
 	// BlockBytes is the logical block, 512 or 4096.
 	BlockBytes int
+	// RequestTime is after what time without an answer the kernel gives up the
+	// connection of a request and sends the request again; 0 is 5 s for one
+	// connection, and 30 s for several. It ends no request. The driver has no
+	// other way to repeat what was in flight when a connection broke, so a
+	// failover takes at least this long, counted from the oldest request.
+	RequestTime time.Duration
 	// DeadTime is how long the kernel waits for new connections before requests
 	// fail; 0 is for ever.
 	DeadTime time.Duration
@@ -157,6 +168,15 @@ func (c *Config) check() error {
 	if c.BlockBytes != 512 && c.BlockBytes != 4096 {
 		return block.Errorf(block.Invalid, "a block of %d bytes; it may be 512 or 4096", c.BlockBytes)
 	}
+	if c.RequestTime == 0 {
+		c.RequestTime = requestTime
+		if c.Connections > 1 {
+			c.RequestTime = requestTimeSeveral
+		}
+	}
+	if c.RequestTime < time.Second {
+		return block.Errorf(block.Invalid, "a request time of %v; it must be at least a second", c.RequestTime)
+	}
 	if c.Log == nil {
 		c.Log = slog.Default()
 	}
@@ -231,7 +251,7 @@ func (d *Device) attach(ctx context.Context) error {
 	size := int64(export.Bytes) / int64(d.cfg.BlockBytes) * int64(d.cfg.BlockBytes)
 	index, err := d.kernel.Connect(Setup{
 		Index: d.cfg.Index, Bytes: size, BlockBytes: d.cfg.BlockBytes, Flags: uint64(export.Flags), FDs: fds,
-		Backend: backend, DeadTime: d.cfg.DeadTime,
+		Backend: backend, RequestTime: d.cfg.RequestTime, DeadTime: d.cfg.DeadTime,
 	})
 	if err != nil {
 		return err

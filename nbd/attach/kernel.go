@@ -43,6 +43,8 @@ type Setup struct {
 	FDs   []int
 	// Backend is shown as /sys/block/nbdN/backend.
 	Backend string
+	// RequestTime is at least a second: see Config.
+	RequestTime time.Duration
 	// DeadTime is 0 for ever.
 	DeadTime time.Duration
 }

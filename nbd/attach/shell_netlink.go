@@ -42,12 +42,6 @@ const (
 )
 
 const (
-	// requestTimeout is the time of a request in the kernel. It is not to end
-	// one, for a slow cluster is no error and a repeated write is a risk; who does
-	// not answer is found out by TCP and by probes. It is not 0 because with
-	// several connections that means 30 s, and because the kernel sets it on a
-	// socket that it takes, by which taken tells that it did.
-	requestTimeout = 30 * 24 * time.Hour
 	// deadForEver stands for no limit, which the kernel has not.
 	deadForEver = 100 * 365 * 24 * time.Hour
 	// maxSectors is the size of the largest request in KiB that the device is
@@ -214,7 +208,7 @@ func (k *netlinkKernel) Connect(s Setup) (int, error) {
 		}
 		ae.Uint64(attrSize, uint64(s.Bytes))
 		ae.Uint64(attrBlockSize, uint64(s.BlockBytes))
-		ae.Uint64(attrTimeout, seconds(requestTimeout))
+		ae.Uint64(attrTimeout, seconds(s.RequestTime))
 		ae.Uint64(attrDeadTimeout, seconds(dead))
 		ae.Uint64(attrServerFlags, s.Flags)
 		ae.String(attrBackend, s.Backend)
