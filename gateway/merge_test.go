@@ -43,8 +43,7 @@ func TestNeighbouringTrimsMerge(t *testing.T) {
 	}
 	send()
 	w.until("the answer to the trims", func() bool { return flight == 0 && next == size })
-	// A request alone is a mark and a zero before it and one behind.
-	if marks := w.m.calls["mark"]; marks > requests/8 {
+	if marks := w.m.calls["mark"]; marks > requests/24 {
 		t.Errorf("%d requests became %d marks", requests, marks)
 	}
 	for _, off := range at {
@@ -78,6 +77,26 @@ func TestMergedTrimsFailAlone(t *testing.T) {
 	}
 	if err := errs[size/2]; err == nil || block.KindOf(err) != block.OutOfRange {
 		t.Errorf("a trim beyond the new end: %v", err)
+	}
+}
+
+// TestTrimsEndWithTheVolume ends a volume while trims are gathered.
+func TestTrimsEndWithTheVolume(t *testing.T) {
+	w := newWorld(t, 4, 1<<30)
+	answered := 0
+	trim := func(off int64) {
+		w.v.ZeroAsync(context.Background(), off, mergeBytes, func(error) { answered++ })
+	}
+	trim(0)
+	trim(mergeBytes)
+	w.until("the first trim", func() bool { return w.v.merger.gathering })
+	trim(2 * mergeBytes)
+	if answered != 1 || len(w.v.merger.queue) != 2 {
+		t.Fatalf("%d answers, %d trims wait", answered, len(w.v.merger.queue))
+	}
+	w.v.Detach(func(error) {})
+	if answered != 3 {
+		t.Errorf("%d of 3 trims were answered when the volume had ended", answered)
 	}
 }
 

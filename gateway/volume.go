@@ -68,6 +68,7 @@ func NewVolume(l loop.Loop, b Backend, limits Limits, ended func(error)) *Volume
 		budget: semaphore.NewWeighted(limits.BytesInFlight), notify: map[int]func(block.Geometry){}}
 	v.changes.New = func() any { return newPending(v) }
 	v.reads.New = func() any { return newPendingRead(v) }
+	v.merger.v = v
 	g := b.Geometry()
 	v.geom.Store(&g)
 	b.Watch(v.changed, v.end)
@@ -107,6 +108,7 @@ func (v *Volume) end(err error) {
 		return
 	}
 	v.over.Store(&err)
+	v.merger.next()
 	if v.onEnded != nil {
 		v.onEnded(err)
 	}
@@ -117,6 +119,7 @@ func (v *Volume) end(err error) {
 func (v *Volume) Detach(done func(error)) {
 	err := block.Errorf(block.Canceled, "volume %q was detached", v.Geometry().Name)
 	v.over.CompareAndSwap(nil, &err)
+	v.merger.next()
 	v.backend.Close(done)
 }
 
