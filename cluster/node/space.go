@@ -13,6 +13,8 @@ import (
 // Watermarks of a disk, in percent of its room (S7). Fill is live data and what
 // the logs claim.
 const (
+	// collectPercent: collection goes before everything else; a person is told.
+	collectPercent = 75
 	// slowPercent: writers are slowed from here on, up to maxDelay at refusePercent.
 	slowPercent = 85
 	// refusePercent: new writes wait; reads, trims and recovery go on. Most of
@@ -110,9 +112,12 @@ func (s *space) reported(d diskSpace) {
 
 // fillOf is how full a disk is, in percent of its room, counting what is in flight.
 func (s *space) fillOf(d block.DiskID) float64 {
-	k := s.known[d]
-	if k.size <= 0 || s.node.loop.Now().Sub(k.at) >= spaceStale {
+	k, ok := s.known[d]
+	switch {
+	case !ok || s.node.loop.Now().Sub(k.at) >= spaceStale:
 		return 0
+	case k.size <= 0:
+		return 100
 	}
 	return 100 * float64(k.taken+s.inflight[d]+s.since[d]) / float64(k.size)
 }
