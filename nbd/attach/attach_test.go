@@ -1,0 +1,134 @@
+package attach
+
+import (
+	"context"
+	"errors"
+	"net"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/block/blocktest"
+	"firn.io/firn/nbd"
+	"firn.io/firn/nbd/device"
+)
+
+// driver stands for the kernel: it takes sockets and keeps nothing of them.
+type driver struct {
+	mu        sync.Mutex
+	setup     Setup
+	reconnect int
+	over      bool
+	dead      chan int
+}
+
+func (k *driver) Connect(s Setup) (int, error) { k.setup = s; return 7, nil }
+func (k *driver) Reconnect(index int, backend string, fd int) (bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.reconnect++
+	// As the kernel that has not seen the old one die, the first time.
+	return k.reconnect > 1, nil
+}
+func (k *driver) Resize(int, string, int64) error { return nil }
+func (k *driver) Disconnect(int) error            { return nil }
+func (k *driver) Connected(int) bool              { k.mu.Lock(); defer k.mu.Unlock(); return !k.over }
+func (k *driver) Find(string) (int, bool)         { return 0, false }
+func (k *driver) Dead() <-chan int                { return k.dead }
+func (k *driver) Close() error                    { return nil }
+
+// one is an Exports of one volume.
+type one struct{ d *blocktest.Device }
+
+func (o one) List(context.Context) ([]nbd.Info, error) { return nil, nil }
+func (o one) Info(context.Context, string) (nbd.Info, error) {
+	return device.Info(o.d.Geometry()), nil
+}
+func (o one) Open(context.Context, string) (*nbd.Export, error) {
+	return device.Export(o.d, func() {}), nil
+}
+
+func serve(t *testing.T, d *blocktest.Device) (addr string, stop func()) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := nbd.NewServer(one{d}, nbd.Options{})
+	over := make(chan struct{})
+	go func() { defer close(over); s.Serve(l) }()
+	stop = sync.OnceFunc(func() {
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel() // at once
+		s.Shutdown(ctx)
+		<-over
+	})
+	t.Cleanup(stop)
+	return l.Addr().String(), stop
+}
+
+func TestMovesToTheOtherServer(t *testing.T) {
+	t.Parallel()
+	volume := blocktest.New(blocktest.Options{Name: "v", Bytes: 1 << 20})
+	a, stopA := serve(t, volume)
+	b, _ := serve(t, volume)
+	k := &driver{dead: make(chan int)}
+	changes := make(chan Status, 64)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	d, err := Attach(ctx, Config{Export: "v", Gateways: []string{a, b}, Kernel: k, Index: -1, Changed: func(s Status) { changes <- s }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := d.Status(); k.setup.Bytes != 1<<20 || k.setup.Backend != volume.Geometry().ID.String() || len(k.setup.FDs) != 1 || k.setup.RequestTime != 5*time.Second || s.Gateway != a || s.Index != 7 {
+		t.Errorf("setup %+v, status %+v", k.setup, s)
+	}
+	ran := make(chan error, 1)
+	go func() { ran <- d.Run(ctx) }()
+	stopA()
+	for s := range changes {
+		if s.Moves == 1 {
+			if s.Gateway != b || s.Live != 1 || s.Problem != "" {
+				t.Errorf("moved: %+v", s)
+			}
+			break
+		}
+	}
+	k.mu.Lock()
+	k.over = true
+	k.mu.Unlock()
+	k.dead <- 7
+	if err := <-ran; err != nil {
+		t.Errorf("Run of a device that was disconnected: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAttachRefuses(t *testing.T) {
+	t.Parallel()
+	for _, c := range []Config{{}, {Export: "v"}, {Export: "v", Gateways: []string{"x"}, Connections: 17}, {Export: "v", Gateways: []string{"x"}, BlockBytes: 1000},
+		{Export: "v", Gateways: []string{"x"}, RequestTime: time.Millisecond}} {
+		if _, err := Attach(context.Background(), c); err == nil || block.KindOf(err) != block.Invalid {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+}
+
+func TestNames(t *testing.T) {
+	t.Parallel()
+	if got := order([]string{"a", "b", "c"}, "b"); !slices.Equal(got, []string{"b", "a", "c"}) {
+		t.Errorf("order %v", got)
+	}
+	for text, want := range map[string]int{"/dev/nbd3": 3, "nbd12": 12, "/dev/sda": -1, "nbdx": -1, "vol": -1} {
+		if index, ok := ParseDevice(text); ok != (want >= 0) || ok && index != want {
+			t.Errorf("ParseDevice(%q) = %d, %v", text, index, ok)
+		}
+	}
+	if _, err := indexOf([]byte{1, 2, 3}); err == nil || errors.Is(err, context.Canceled) {
+		t.Errorf("a message without an index: %v", err)
+	}
+}
