@@ -185,7 +185,7 @@ func TestCopyCrashesAnywhere(t *testing.T) {
 					t.Fatalf("after step %d: a mixture that is served, or to go on at %d", at, target)
 				}
 			}
-			ahead(a)
+			a.want(wire.OutcomeApplied, a.at0(9, 1, wire.CmdWrite)) // and not what came before
 			next.copyFrom(a, func() bool { return true })
 			if a.sum() != next.sum() {
 				t.Fatalf("after step %d, %d batches kept: the digests differ", at, kept)
