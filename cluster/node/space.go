@@ -112,9 +112,12 @@ func (s *space) reported(d diskSpace) {
 
 // fillOf is how full a disk is, in percent of its room, counting what is in flight.
 func (s *space) fillOf(d block.DiskID) float64 {
-	k := s.known[d]
-	if k.size <= 0 || s.node.loop.Now().Sub(k.at) >= spaceStale {
+	k, ok := s.known[d]
+	switch {
+	case !ok || s.node.loop.Now().Sub(k.at) >= spaceStale:
 		return 0
+	case k.size <= 0:
+		return 100
 	}
 	return 100 * float64(k.taken+s.inflight[d]+s.since[d]) / float64(k.size)
 }
