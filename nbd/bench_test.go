@@ -75,7 +75,7 @@ func startServer(b testing.TB, network, env string, args func(string) []string) 
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
-	for deadline := time.Now().Add(10 * time.Second); ; {
+	for deadline := time.Now().Add(2 * time.Minute); ; {
 		c, err := client.Dial(b.Context(), addr, client.Options{})
 		if err == nil {
 			c.Close()

@@ -62,7 +62,7 @@ func TestHostileClientsMemory(t *testing.T) {
 			t.Logf("%d clients: peak %d MiB", clients, peak>>20)
 			// What Options says, and as much again as the collector lets the
 			// heap grow: all but the payload above the connections' own.
-			limit := start + int64(2*clients)<<21 + 128<<20 + 32<<20
+			limit := start + int64(2*clients)<<21 + 128<<20 + 64<<20
 			if peak > limit && !raceDetector {
 				t.Errorf("%d MiB resident, at most %d are meant", peak>>20, limit>>20)
 			}

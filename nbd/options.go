@@ -11,7 +11,7 @@ import (
 // Options of a [Server]. Zero values are the defaults.
 //
 // The memory that clients can make a server hold is at most MaxConnections x
-// (about 2 MiB, of which 1 MiB is payload) + TotalBytes + 32 MiB.
+// (about 2 MiB, of which 1 MiB is payload) + TotalBytes + 64 MiB.
 type Options struct {
 	// TLS, if set, lets clients start TLS (NBD_OPT_STARTTLS); RequireTLS lets
 	// them do nothing else before. tls.RequireAndVerifyClientCert asks for
@@ -84,7 +84,7 @@ const (
 	maxErrorText = 256
 
 	pageBytes    = 4 << 10
-	maxKeptPages = 32 << 20
+	maxKeptPages = 64 << 20
 
 	// maxStatusPayload is the effect length and two contexts.
 	maxStatusPayload = 16

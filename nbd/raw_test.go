@@ -33,7 +33,7 @@ func rawDial(t testing.TB, addr string, flags int64) *raw {
 	}
 	t.Cleanup(func() { nc.Close() })
 	// A server that hangs fails the test instead of the run.
-	nc.SetDeadline(time.Now().Add(20 * time.Second))
+	nc.SetDeadline(time.Now().Add(2 * time.Minute))
 	return rawOn(t, nc, flags)
 }
 

@@ -20,12 +20,19 @@ func Backend(d block.Device) nbd.Backend {
 
 // Info describes a device of geometry g, attached or not.
 func Info(g block.Geometry) nbd.Info {
+	// Any byte range works. A volume with blocks of 4096 says so, for clients
+	// that show a disk of the same; with 512 they need not care.
+	least := 0
+	if g.LogicalBlockBytes > 512 {
+		least = g.LogicalBlockBytes
+	}
 	return nbd.Info{
 		Name:           g.Name,
 		Description:    "Firn volume " + g.ID.String(),
 		Bytes:          g.SizeBytes,
 		ReadOnly:       g.ReadOnly,
 		MultiConn:      true,
+		MinBlock:       least,
 		PreferredBlock: g.PreferredBytes,
 		MaxPiece:       g.MaxBytes,
 		Offers:         nbd.OfferTrim | nbd.OfferZeroes | nbd.OfferFastZero | nbd.OfferCache | nbd.OfferMap,

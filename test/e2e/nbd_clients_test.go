@@ -208,3 +208,16 @@ func residentPeak(t *testing.T, pid int) int64 {
 	}
 	return n << 10
 }
+
+// TestNBDBlockSizes: a volume with blocks of 4096 says so, to clients that ask.
+func TestNBDBlockSizes(t *testing.T) {
+	t.Parallel()
+	s := up(t, t.TempDir(), "--volume", "small=64M")
+	s.firn("volume", "create", "large", "64M", "--block-size", "4096")
+	for volume, want := range map[string]string{"small": `"block_size_minimum": 1,`, "large": `"block_size_minimum": 4096,`} {
+		if got := run(t, "nbdinfo", "--json", s.uri(volume)); !strings.Contains(got, want) || !strings.Contains(got, `"block_size_preferred": 4096,`) {
+			t.Errorf("%s: %s", volume, got)
+		}
+	}
+	run(t, "qemu-io", "-f", "raw", "-c", "write -P 3 4096 8192", "-c", "read -P 3 8192 4096", "-c", "write -P 4 4608 512", "-c", "read -P 4 4608 512", "-c", "read -P 3 4096 512", s.uri("large"))
+}
