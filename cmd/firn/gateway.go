@@ -23,6 +23,7 @@ import (
 	"firn.io/firn/internal/clock"
 	"firn.io/firn/internal/loop"
 	"firn.io/firn/internal/vfs"
+	"firn.io/firn/iscsi"
 	"firn.io/firn/nbd"
 )
 
@@ -37,6 +38,7 @@ type frontFlags struct {
 	advertise, advertiseNBD string
 	tls                     tlsFlags
 	nbdTLS                  nbdTLSFlags
+	iscsi                   iscsiFlags
 }
 
 func (f *frontFlags) register(cmd *cobra.Command) {
@@ -47,6 +49,7 @@ func (f *frontFlags) register(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.http, "http", defaultHTTP, "serve /healthz, /readyz, /metrics and the status page here; empty: nowhere")
 	f.tls.register(cmd)
 	f.nbdTLS.register(cmd.Flags())
+	f.iscsi.register(cmd)
 }
 
 // fronts are listeners that do not serve yet: opened first, so that a taken
@@ -58,6 +61,7 @@ type fronts struct {
 	// apiAddr and nbdAddr are where others reach api and nbd.
 	apiAddr, nbdAddr string
 	page             *observed
+	iscsi            iscsiFront
 }
 
 func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) {
@@ -78,6 +82,9 @@ func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) 
 	}
 	parts.push("API listener", closing(out.api))
 	out.apiAddr, out.nbdAddr = cmp.Or(f.advertise, out.api.Addr().String()), cmp.Or(f.advertiseNBD, out.nbd.Addr().String())
+	if out.iscsi, err = f.iscsi.listen(ctx, parts); err != nil {
+		return nil, err
+	}
 	out.http, out.page, err = openHTTP(f.http, parts)
 	return out, err
 }
@@ -163,7 +170,8 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	})
 	stopAPI := s.serveAPI(cfg.fronts.api, cfg.fronts.creds, failed)
 	parts.push("API", func(context.Context) error { stopAPI(); return nil })
-	cfg.metrics.MustRegister(gatewayMetrics(s.gateway, server))
+	iscsiServer := s.serveISCSI(cfg.fronts.iscsi, parts, failed)
+	cfg.metrics.MustRegister(gatewayMetrics(s.gateway, server), iscsiMetrics(iscsiServer))
 	cfg.metrics.MustRegister(clientMetrics(s.loop, client))
 	if store, ok := cfg.store.(usageStore); ok {
 		cfg.metrics.MustRegister(etcdMetrics(store, clock.System{}))
@@ -196,6 +204,7 @@ type readyView struct {
 	Ready   bool         `json:"ready"`
 	Cluster string       `json:"cluster_id"`
 	NBD     string       `json:"nbd,omitempty"`
+	ISCSI   string       `json:"iscsi,omitempty"`
 	API     string       `json:"api,omitempty"`
 	HTTP    string       `json:"http,omitempty"`
 	Listen  string       `json:"listen,omitempty"`
@@ -204,6 +213,9 @@ type readyView struct {
 
 func (f *fronts) view(cluster block.ClusterID) readyView {
 	v := readyView{Ready: true, Cluster: cluster.String(), NBD: f.nbd.Addr().String(), API: f.api.Addr().String()}
+	if f.iscsi.l != nil {
+		v.ISCSI = cmp.Or(f.iscsi.portal, f.iscsi.l.Addr().String())
+	}
 	if f.http != nil {
 		v.HTTP = f.http.Addr().String()
 	}
@@ -219,6 +231,9 @@ const maxAnnounced = 4
 // write tells people what is served and how to use it.
 func (f *fronts) write(w io.Writer, v readyView) {
 	fmt.Fprintf(w, "NBD   %s\n", v.NBD)
+	if v.ISCSI != "" {
+		fmt.Fprintf(w, "iSCSI %s   iscsi-ls -s iscsi://%s\n", v.ISCSI, v.ISCSI)
+	}
 	command := "firn status"
 	if v.API != defaultAPI {
 		command += " --api " + v.API
@@ -243,6 +258,9 @@ func (f *fronts) write(w io.Writer, v readyView) {
 		fmt.Fprintf(w, "  qemu-img convert -n -O raw disk.qcow2 %s\n", quoted)
 		if host, port, err := net.SplitHostPort(f.nbd.Addr().String()); err == nil {
 			fmt.Fprintf(w, "  sudo nbd-client %s %s /dev/nbd0 -N %s\n", host, port, volume.Name)
+		}
+		if v.ISCSI != "" {
+			fmt.Fprintf(w, "  sudo iscsiadm -m discovery -t st -p %s && sudo iscsiadm -m node -T %s%s -l\n", v.ISCSI, iscsi.NamePrefix, volume.Name)
 		}
 	}
 }
