@@ -119,7 +119,9 @@ func (d *disk) recover() error {
 		return err
 	}
 	if d.store, err = n.cfg.OpenStore(dir); err != nil {
-		return err
+		if d.store, err = d.remakeStore(dir, err); err != nil {
+			return err
+		}
 	}
 	if d.index, err = index.Open(d.store, index.Options{}); err != nil {
 		return err
@@ -161,6 +163,25 @@ func (d *disk) recover() error {
 		n.addReplica(rep)
 	}
 	return nil
+}
+
+// remakeStore makes the index anew that could not be opened, if the disk's log
+// was never begun: a crash while the index was made for the first time may leave
+// one that does not open, and it has held nothing.
+func (d *disk) remakeStore(dir string, why error) (index.Store, error) {
+	fs := d.node.cfg.FS
+	held, err := seglog.FileBytes(fs, d.cfg.Dir, d.sb)
+	if err != nil || held > 0 {
+		return nil, why
+	}
+	d.node.logf("disk %v in %s was never used, and the making of its index was cut short (%v): it is made anew", d.id, d.cfg.Dir, why)
+	if err := fs.RemoveAll(dir); err != nil {
+		return nil, err
+	}
+	if err := fs.MkdirAll(dir); err != nil {
+		return nil, err
+	}
+	return d.node.cfg.OpenStore(dir)
 }
 
 // What the log leaves free in a file system whose size it was not told: a full
