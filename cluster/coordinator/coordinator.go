@@ -12,6 +12,8 @@
 //
 //	Creating --(groups missing)--> CreateGroups --(nodes acknowledge)--> spans, Ready
 //	Ready, WantBytes above the spans --> the same, spans appended, still Ready
+//	a replica lost, on a failed disk or on a disk that its node lacks for long
+//	  --> a new replica ordered --(its group's leader)--> member in its place
 //	Deleting --> CmdDelete in every group --> the volume's key removed
 //
 // Steps outside of the catalog (CmdDelete) are idempotent, and ordered only for
@@ -30,6 +32,9 @@ import (
 
 // DefaultMaxGroupsPerDisk bounds the replicas of a disk.
 const DefaultMaxGroupsPerDisk = 100
+
+// DefaultAbsentAfter is how long a disk that its node came up without is waited for.
+const DefaultAbsentAfter = time.Minute
 
 const (
 	// retryDelay is the pause after a step that failed.
@@ -61,6 +66,10 @@ type Config struct {
 	Deleter Deleter
 	// MaxGroupsPerDisk bounds how many replicas a disk gets; 0 is DefaultMaxGroupsPerDisk.
 	MaxGroupsPerDisk int
+	// AbsentAfter is how long a disk may be missing on a node that is up before
+	// its replicas are replaced; 0 is DefaultAbsentAfter. Replicas of a node that
+	// is down are not replaced: it is expected back.
+	AbsentAfter time.Duration
 	// Log may be nil.
 	Log *slog.Logger
 }
@@ -86,6 +95,9 @@ type Coordinator struct {
 func New(cfg Config) *Coordinator {
 	if cfg.MaxGroupsPerDisk == 0 {
 		cfg.MaxGroupsPerDisk = DefaultMaxGroupsPerDisk
+	}
+	if cfg.AbsentAfter == 0 {
+		cfg.AbsentAfter = DefaultAbsentAfter
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)

@@ -5,6 +5,7 @@ import (
 
 	"firn.io/firn/cluster/meta"
 	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/clock"
 	"firn.io/firn/internal/loop"
 )
 
@@ -27,11 +28,12 @@ type leadership struct {
 	arrived   func() bool
 	scheduled bool
 	deletes   map[block.VolumeID]*deletion
-	telling   int // groups that are being told of a deletion
+	absent    map[block.DiskID]clock.Instant // since when, as seen here
+	telling   int                            // groups that are being told of a deletion
 }
 
 func newLeadership(c *Coordinator, guard meta.Guard) *leadership {
-	l := &leadership{c: c, guard: guard, view: newView(), deletes: map[block.VolumeID]*deletion{}}
+	l := &leadership{c: c, guard: guard, view: newView(), deletes: map[block.VolumeID]*deletion{}, absent: map[block.DiskID]clock.Instant{}}
 	for _, m := range []struct {
 		prefix  string
 		changed func(meta.KV) error
@@ -172,6 +174,7 @@ func (l *leadership) work() {
 			l.layOut(v)
 		}
 	}
+	l.repair()
 }
 
 // layOut takes a volume that lacks spans one step further.

@@ -133,11 +133,14 @@ func (w *view) candidates(replicas int) (out []placement.Group, ready int) {
 	}
 	var coming []placement.Group
 	for id, g := range w.groups {
-		if len(g.Replicas) != replicas {
+		if membersOf(g) != replicas {
 			continue
 		}
 		well, possible, smallest := 0, true, int64(1<<62)
 		for _, r := range g.Replicas {
+			if r.Joining {
+				continue
+			}
 			if healthy[r.Disk] && !r.Lost {
 				well++
 			}

@@ -3,6 +3,7 @@ package meta
 import (
 	"bytes"
 	"encoding/json"
+	"slices"
 	"strconv"
 
 	"firn.io/firn/internal/block"
@@ -118,6 +119,10 @@ type ReplicaMeta struct {
 	Created bool `json:"created,omitempty"`
 	// Lost: its node did not find it. It votes no more.
 	Lost bool `json:"lost,omitempty"`
+	// Joining: the group's leader makes it a member, in the place of those that
+	// are Leaving (see ReplaceReplica).
+	Joining bool `json:"joining,omitempty"`
+	Leaving bool `json:"leaving,omitempty"`
 }
 
 // GroupMeta is one Raft group.
@@ -129,12 +134,34 @@ type GroupMeta struct {
 	// ConfVersion is the Raft index of the entry that decided these members
 	// (C2); 0 for those that the group began with.
 	ConfVersion uint64 `json:"conf"`
+	// LastReplica is the highest replica id given out, if above those of Replicas (C1).
+	LastReplica block.ReplicaID `json:"last,omitempty"`
+	// Birth is the members that the group began with, once they have changed: a
+	// later replica begins there too, and learns the changes from the log.
+	Birth map[block.ReplicaID]block.NodeID `json:"birth,omitempty"`
 }
 
-// Created tells whether all replicas were acknowledged.
+// BirthMembers is the members that the group began with.
+func (g *GroupMeta) BirthMembers() map[block.ReplicaID]block.NodeID {
+	if len(g.Birth) > 0 {
+		return g.Birth
+	}
+	members := make(map[block.ReplicaID]block.NodeID, len(g.Replicas))
+	for _, r := range g.Replicas {
+		members[r.Replica] = r.Node
+	}
+	return members
+}
+
+// Joining tells whether members are being replaced.
+func (g *GroupMeta) Joining() bool {
+	return slices.ContainsFunc(g.Replicas, func(r ReplicaMeta) bool { return r.Joining })
+}
+
+// Created tells whether all replicas that the group counts on were acknowledged.
 func (g *GroupMeta) Created() bool {
 	for _, r := range g.Replicas {
-		if !r.Created {
+		if !r.Created && !r.Joining {
 			return false
 		}
 	}

@@ -301,7 +301,15 @@ func (n *Node) diskOf(id block.DiskID) *disk {
 
 func (n *Node) logf(format string, args ...any) { n.cfg.Logf(format, args...) }
 
-func (n *Node) addReplica(rep *replica) { n.replicas[rep.key.Group] = rep }
+// addReplica makes a replica known. Of two of one group the newer counts: the
+// older one was replaced, and its disk came back.
+func (n *Node) addReplica(rep *replica) {
+	if other := n.replicas[rep.key.Group]; other != nil && other.key.Replica > rep.key.Replica {
+		n.logf("group %d replica %d on disk %v was replaced by replica %d: it stays closed", rep.key.Group, rep.key.Replica, rep.disk.id, other.key.Replica)
+		return
+	}
+	n.replicas[rep.key.Group] = rep
+}
 
 // sorted returns the replicas in the order of their groups.
 func (n *Node) sorted() []*replica {

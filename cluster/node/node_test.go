@@ -40,12 +40,13 @@ type machine struct {
 
 // lab is three machines, a metadata server and a client.
 type lab struct {
-	t       *testing.T
-	ctx     context.Context
-	cluster block.ClusterID
-	meta    *meta.Mem
-	fabric  *inproc.Fabric
-	nodes   []*machine
+	absentAfter time.Duration // see coordinator.Config
+	t           *testing.T
+	ctx         context.Context
+	cluster     block.ClusterID
+	meta        *meta.Mem
+	fabric      *inproc.Fabric
+	nodes       []*machine
 	// capacity is what each disk may fill, in bytes.
 	capacity int64
 	age      time.Duration // of what is not checkpointed
@@ -102,7 +103,7 @@ func (m *machine) start() {
 	}
 	m.node = n
 	m.loop.Call(func() {
-		m.cand = coordinator.New(coordinator.Config{Loop: m.loop, Store: m.lab.meta.Client(), Node: m.id, Deleter: nobody{}})
+		m.cand = coordinator.New(coordinator.Config{Loop: m.loop, Store: m.lab.meta.Client(), Node: m.id, Deleter: nobody{}, AbsentAfter: m.lab.absentAfter})
 		m.cand.Start(m.lab.ctx)
 	})
 }

@@ -96,16 +96,7 @@ func (o *orders) follow(id block.GroupID) {
 }
 
 func (o *orders) create(d *disk, g meta.GroupMeta, id block.ReplicaID) {
-	members := make(map[block.ReplicaID]block.NodeID, len(g.Replicas))
-	for _, r := range g.Replicas {
-		if !r.Lost {
-			members[r.Replica] = r.Node
-		}
-	}
-	if g.ConfVersion != 0 {
-		return // a later member: it is added by a change of members, not by birth
-	}
-	conf := raftgroup.NewConf(members)
+	conf := raftgroup.NewConf(g.BirthMembers())
 	o.busy[g.ID] = true
 	d.create(g.ID, id, g.Era, conf.Append(nil), func(rep *replica, err error) {
 		delete(o.busy, g.ID)

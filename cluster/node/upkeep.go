@@ -28,6 +28,7 @@ func (n *Node) upkeep() {
 	for _, rep := range n.sorted() {
 		rep.expire(now)
 	}
+	n.orders.pursue()
 	n.views.upkeep(now)
 	for _, d := range n.disks {
 		if d.failed == nil {

@@ -59,9 +59,27 @@ func PlaceGroups(disks []Disk, replicas, n int) [][]Disk {
 
 // placeOne returns the indexes of the disks of one group's replicas, or nil.
 func placeOne(disks []Disk, replicas int) []int {
+	return place(disks, nil, replicas)
+}
+
+// PlaceReplica chooses the disk of a replica beside others of its group, as
+// PlaceGroups does; false if none has room.
+func PlaceReplica(disks, others []Disk) (Disk, bool) {
+	chosen := place(disks, others, 1)
+	if chosen == nil {
+		return Disk{}, false
+	}
+	return disks[chosen[0]], true
+}
+
+func place(disks, others []Disk, replicas int) []int {
 	var chosen []int
 	inZone := map[string]int{}
 	onNode := map[block.NodeID]bool{}
+	for _, d := range others {
+		inZone[d.Zone]++
+		onNode[d.Node] = true
+	}
 	for len(chosen) < replicas {
 		best := -1
 		for i := range disks {

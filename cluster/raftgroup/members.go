@@ -304,6 +304,9 @@ const (
 // again, by whoever leads, until the order is void or done. What it returns is
 // true of the conf that is applied here.
 func (g *Group) Pursue(o Order) OrderState {
+	if g.applied.Term != g.hard.Term {
+		return OrderOpen // changes that were committed before may not be applied yet
+	}
 	state, next := g.stepOf(o)
 	if !g.Leading() || next == nil || g.changing > g.applied.Index {
 		return state
