@@ -286,7 +286,7 @@ func Adopt(cfg Config, last Status) (*Device, error) {
 	gateways := d.status.Gateways
 	d.status = last
 	d.status.Gateways, d.status.Live = gateways, 0
-	d.downSince = cfg.Clock.Now()
+	d.downSince = d.cfg.Clock.Now()
 	d.hurt <- struct{}{}
 	return d, nil
 }

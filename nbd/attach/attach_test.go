@@ -108,6 +108,33 @@ func TestMovesToTheOtherServer(t *testing.T) {
 	}
 }
 
+func TestAdopt(t *testing.T) {
+	t.Parallel()
+	volume := blocktest.New(blocktest.Options{Name: "v", Bytes: 1 << 20})
+	addr, _ := serve(t, volume)
+	live := make(chan Status, 64)
+	last := Status{Export: "v", Backend: volume.Geometry().ID.String(), Index: 7, Connections: 1, Gateway: addr, Session: volume.Geometry().ID.String()}
+	d, err := Adopt(Config{Export: "v", Gateways: []string{addr}, Kernel: &driver{dead: make(chan int)}, Changed: func(s Status) { live <- s }}, last)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ran := make(chan error, 1)
+	go func() { ran <- d.Run(ctx) }()
+	for s := range live {
+		if s.Live == 1 {
+			break
+		}
+	}
+	cancel()
+	if err := <-ran; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestAttachRefuses(t *testing.T) {
 	t.Parallel()
 	for _, c := range []Config{{}, {Export: "v"}, {Export: "v", Gateways: []string{"x"}, Connections: 17}, {Export: "v", Gateways: []string{"x"}, BlockBytes: 1000},

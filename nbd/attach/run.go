@@ -265,7 +265,14 @@ func (d *Device) dialAny(ctx context.Context) (int, client.Export, error) {
 			break
 		}
 	}
-	return -1, client.Export{}, block.Wrap(block.Unavailable, errors.Join(errs...), "no gateway lets %s in", d.cfg.Export)
+	kind := block.NotFound
+	for _, err := range errs {
+		var refused *client.OptionError
+		if !errors.As(err, &refused) || refused.Reply != wire.RepErrUnknown {
+			kind = block.Unavailable
+		}
+	}
+	return -1, client.Export{}, block.Wrap(kind, errors.Join(errs...), "no gateway lets %s in", d.cfg.Export)
 }
 
 // tryGateway first asks whether the server is there at all, which is quickly
