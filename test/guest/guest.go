@@ -62,10 +62,21 @@ type Guest struct {
 	port    net.Conn
 	// ready is closed when commands can be run, exited when QEMU has ended.
 	ready, exited chan struct{}
+	work          *work
+}
 
+// work is what runs in a guest.
+type work struct {
 	mu      sync.Mutex
 	lastID  int
 	running map[int]*Running
+}
+
+// With returns the same guest for a subtest, whose failures are then its own.
+func (g *Guest) With(t testing.TB) *Guest {
+	sub := *g
+	sub.t = t
+	return &sub
 }
 
 // Running is a command in work.
@@ -146,7 +157,7 @@ func Boot(t testing.TB, cfg Config) *Guest {
 	if err := makeRoot(k, cfg, dir, ramdisk); err != nil {
 		t.Fatal(err)
 	}
-	g := &Guest{t: t, console: &console{}, ready: make(chan struct{}), exited: make(chan struct{}), running: map[int]*Running{}}
+	g := &Guest{t: t, console: &console{}, ready: make(chan struct{}), exited: make(chan struct{}), work: &work{running: map[int]*Running{}}}
 	g.start(k, cfg, ramdisk, filepath.Join(dir, "agent"))
 	timeout := time.NewTimer(quiet)
 	defer timeout.Stop()
@@ -280,12 +291,12 @@ func (g *Guest) receive() {
 			close(g.ready)
 			continue
 		}
-		g.mu.Lock()
-		r := g.running[a.ID]
+		g.work.mu.Lock()
+		r := g.work.running[a.ID]
 		if a.Ended {
-			delete(g.running, a.ID)
+			delete(g.work.running, a.ID)
 		}
-		g.mu.Unlock()
+		g.work.mu.Unlock()
 		if r != nil {
 			r.take(a)
 		}
@@ -317,16 +328,16 @@ func (g *Guest) Console(lines int) string { return g.console.tail(lines) }
 // Start begins a shell script and does not wait for it.
 func (g *Guest) Start(script string) *Running {
 	g.t.Helper()
-	g.mu.Lock()
-	g.lastID++
-	id := g.lastID
+	g.work.mu.Lock()
+	g.work.lastID++
+	id := g.work.lastID
 	r := &Running{g: g, script: script, told: make(chan struct{}, 1)}
-	g.running[id] = r
+	g.work.running[id] = r
 	text, err := json.Marshal(line.Command{ID: id, Script: script})
 	if err == nil {
 		_, err = g.port.Write(append(text, '\n'))
 	}
-	g.mu.Unlock()
+	g.work.mu.Unlock()
 	if err != nil {
 		g.t.Fatalf("ask the guest to run %q: %v\n%s", script, err, g.console.tail(40))
 	}
