@@ -150,6 +150,7 @@ var needed = []tool{
 	{"nbdinfo", "libnbd-bin"}, {"nbdcopy", "libnbd-bin"}, {"nbdfuse", "libnbd-bin"}, {"qemu-img", "qemu-utils"}, {"qemu-io", "qemu-utils"},
 	{"fio", "fio"}, {"nbdkit", "nbdkit"}, {"mkfs.ext4", "e2fsprogs"}, {"mkfs.xfs", "xfsprogs"}, {"etcd", "etcd-server"},
 	{"fusermount3", "fuse3"}, {"losetup", "mount"}, {"dockerd", "docker.io"}, {"docker-compose", "docker-compose"}, {"iscsi-test-cu", "libiscsi-bin"},
+	{"/usr/lib/x86_64-linux-gnu/qemu/block-iscsi.so", "qemu-block-extra"},
 	{"qemu-system-x86_64", "qemu-system-x86"}, {"busybox", "busybox-static"}, {"nbd-client", "nbd-client"}, {"blkdiscard", "util-linux"},
 }
 
@@ -177,8 +178,12 @@ func missing() []string {
 	return names
 }
 
-// found also looks where a user's PATH often does not.
+// found also looks where a user's PATH often does not; a path is any file.
 func found(program string) bool {
+	if filepath.IsAbs(program) {
+		_, err := os.Stat(program)
+		return err == nil
+	}
 	if _, err := exec.LookPath(program); err == nil {
 		return true
 	}
@@ -263,7 +268,7 @@ func packages(r *report) []string {
 func unit(r *report) { goTest(r, append([]string{"-timeout", "15m"}, packages(r)...)...) }
 
 // raced are the packages with goroutines and locks of their own.
-var raced = []string{"./internal/loop/...", "./internal/payload/...", "./nbd/...", "./cluster/transport/...", "./cluster/node/...", "./cluster/", "./gateway/...", "./cmd/firn/..."}
+var raced = []string{"./internal/loop/...", "./internal/payload/...", "./nbd/...", "./iscsi/...", "./cluster/transport/...", "./cluster/node/...", "./cluster/", "./gateway/...", "./cmd/firn/..."}
 
 func race(r *report) { goTest(r, append([]string{"-race", "-short", "-timeout", "15m"}, raced...)...) }
 
