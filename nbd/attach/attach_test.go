@@ -113,7 +113,7 @@ func TestAdopt(t *testing.T) {
 	volume := blocktest.New(blocktest.Options{Name: "v", Bytes: 1 << 20})
 	addr, _ := serve(t, volume)
 	live := make(chan Status, 64)
-	last := Status{Export: "v", Backend: volume.Geometry().ID.String(), Index: 7, Connections: 1, Gateway: addr, Session: volume.Geometry().ID.String()}
+	last := Status{Export: "v", Backend: volume.Geometry().ID.String(), Index: 7, Connections: 1, Gateway: addr, Session: block.FormatUUID(block.NewUUID())}
 	d, err := Adopt(Config{Export: "v", Gateways: []string{addr}, Kernel: &driver{dead: make(chan int)}, Changed: func(s Status) { live <- s }}, last)
 	if err != nil {
 		t.Fatal(err)
