@@ -183,7 +183,8 @@ func (s *Server) Stats() Stats {
 	return st
 }
 
-// Shutdown stops accepting, answers new requests with ESHUTDOWN, waits for
+// Shutdown stops accepting, answers new requests with ESHUTDOWN (of a client
+// with a Session not at all: it sends them again elsewhere), waits for
 // those in flight, flushes every export that is in use, and closes the
 // connections. When ctx ends first it returns ctx's error after Close.
 func (s *Server) Shutdown(ctx context.Context) error {
@@ -442,6 +443,7 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 		ctx:        ctx,
 		cancel:     c.cancel,
 		target:     newTarget(h.entered),
+		resumes:    h.session != (Session{}),
 		headers:    h.headers,
 		mapped:     h.mapped && h.mappedFor == h.name,
 		in:         c.in,

@@ -21,8 +21,10 @@ const contextID = 1
 // anything. All else goes to at most Options.Workers goroutines, whose replies
 // the combining writer sends in the order in which they end.
 type session struct {
-	ctx     context.Context
-	cancel  context.CancelFunc // of ctx
+	ctx    context.Context
+	cancel context.CancelFunc // of ctx
+	// resumes: the client said which session it belongs to, and comes back.
+	resumes bool
 	target  *target
 	headers wire.Headers
 	mapped  bool
@@ -165,6 +167,11 @@ func (s *session) handle(r wire.Request) error {
 	if in, err := s.enter(); err != nil {
 		return err
 	} else if !in {
+		if s.resumes {
+			// It sends this, and what follows, again: to whoever serves it next. An
+			// error would reach the applications on its device.
+			return errDisconnect
+		}
 		if err := s.skipPayload(r); err != nil {
 			return err
 		}

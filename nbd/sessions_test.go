@@ -180,3 +180,39 @@ func TestEnter(t *testing.T) {
 	}
 	(&raw{t: t, nc: nc}).alive()
 }
+
+// TestShutdownAnswersNoErrorToSessions: what a client with a session sends while
+// the server stops is not answered, for it sends that again elsewhere; what was
+// in flight before is.
+func TestShutdownAnswersNoErrorToSessions(t *testing.T) {
+	entered, release := make(chan struct{}), make(chan struct{})
+	d := blocktest.New(blocktest.Options{Name: "vol", Bytes: volBytes, NoLending: true, Before: func(_ context.Context, op blocktest.Op, off, _ int64) error {
+		if op == blocktest.OpWrite && off == 0 {
+			close(entered)
+			<-release
+		}
+		return nil
+	}})
+	addr, s := serve(t, nbd.Fixed{*device.Export(d, nil)}, nbd.Options{})
+	idle := rawDial(t, addr, rawFlags)
+	idle.enter("vol", false)
+	r := rawDial(t, addr, rawFlags)
+	r.wantAck(wire.OptSession, wire.AppendSession(nil, sessionOf(1, 0, 1)))
+	r.enter("vol", false)
+	before := r.request(wire.CmdWrite, 0, 0, 4096, make([]byte, 4096))
+	<-entered
+	over := make(chan error, 1)
+	go func() { over <- s.Shutdown(context.Background()) }()
+	// Idle connections end at once; Stats waits for the server to have told all.
+	idle.wantClosed()
+	s.Stats()
+	r.request(wire.CmdWrite, 0, 4096, 4096, make([]byte, 4096))
+	close(release)
+	if p := r.reply(0); p.Cookie != before || p.Errno != 0 {
+		t.Errorf("the write in flight was answered with %+v", p)
+	}
+	r.wantClosed()
+	if err := <-over; err != nil {
+		t.Error(err)
+	}
+}
