@@ -50,6 +50,9 @@ func EndReplacement(ctx context.Context, s Store, id block.GroupID, joining bloc
 		if !slices.ContainsFunc(gm.Replicas, func(r ReplicaMeta) bool { return r.Joining && r.Replica == joining }) {
 			return true, nil
 		}
+		if now < gm.ConfVersion {
+			return true, nil // the word of a leader whose time is over
+		}
 		gm.Replicas = slices.DeleteFunc(gm.Replicas, func(r ReplicaMeta) bool {
 			return done && r.Leaving || !done && r.Joining
 		})

@@ -141,6 +141,9 @@ func (o *orders) tell(id block.GroupID, write func() error, done func()) {
 		case err == nil:
 			delete(o.busy, id)
 			done()
+			// Once more, when the watch has told what was just written: an order
+			// that came meanwhile was passed by.
+			n.loop.After(metaRetry, func() { o.follow(id) })
 		case block.KindOf(err) == block.NotFound || block.KindOf(err) == block.Invalid:
 			delete(o.busy, id)
 			n.logf("group %d: %v", id, err)

@@ -2,6 +2,7 @@ package seglog
 
 import (
 	"bytes"
+	"math/rand/v2"
 	"testing"
 	"time"
 
@@ -151,4 +152,66 @@ func readFile(fs vfs.FS, name string, p []byte) error {
 		return err
 	}
 	return f.Close()
+}
+
+// TestZeroedHeadOfTheNewestSegment: what the newest segment holds was
+// acknowledged, and no index points into it yet. Its replicas come back damaged,
+// or with all of it; never without it as if it had not been (L4, L5).
+func TestZeroedHeadOfTheNewestSegment(t *testing.T) {
+	t.Parallel()
+	const segmentBytes = rottenSegmentBytes
+	fs := vfs.NewSim(0)
+	sb := Superblock{Disk: block.DiskID{1}, SegmentBytes: segmentBytes}
+	if err := Format(fs, "/d", sb); err != nil {
+		t.Fatal(err)
+	}
+	key := ReplicaKey{1, 1}
+	open := func() (*Log, *loop.World) {
+		t.Helper()
+		l, err := Open(fs, "/d", sb, Options{CapacityBytes: 12 * segmentBytes,
+			Applied: func(ReplicaKey) (EntryID, bool) { return EntryID{10, 5}, true },
+			Live:    func(SegmentID, uint64) bool { return false }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := loop.NewWorld(1)
+		lp := w.NewLoop(nil)
+		w.At(w.Now(), func() { lp.Post(func() { l.Start(lp, pinned{}) }) })
+		w.RunFor(time.Millisecond)
+		return l, w
+	}
+	l, w := open()
+	l.Create(key, EntryID{10, 5}, HardState{Term: 5}, func(error) {})
+	w.RunFor(20 * time.Millisecond)
+	r := l.Replica(key)
+	for range 16 {
+		e := makeFilled(r.LastIndex()+1, 5)
+		r.Append(Write{Entries: []Entry{e}}, func(err error) {
+			if err != nil {
+				t.Error(err)
+			}
+		})
+		e.Payload.Release()
+		w.RunFor(20 * time.Millisecond)
+	}
+	last := r.LastIndex()
+	if !w.RunUntil(10*time.Second, func() bool { return r.Durable() == last }) {
+		t.Fatalf("entry %d is not durable, %d is", last, r.Durable())
+	}
+	at, _, _ := r.Locate(last)
+	fs = fs.Crash(rand.New(rand.NewPCG(1, 1)))
+	f, err := fs.Open(segmentName("/d", at.Segment), 0, vfs.ClassLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(make([]byte, block.Size), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l, _ = open()
+	if r := l.Replica(key); r != nil && r.Damaged() == "" && r.LastIndex() < last {
+		t.Errorf("the log ends at %d, %d was acknowledged, and nothing is said to be damaged", r.LastIndex(), last)
+	}
 }

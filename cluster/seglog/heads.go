@@ -116,9 +116,10 @@ func (r *recovery) findTable() error {
 // lives tells whether the durable index may point into a segment.
 func (r *recovery) lives(s *segment) bool { return r.l.opt.Live == nil || r.l.opt.Live(s.id, 0) }
 
-// zeroHead tells whether a segment was never written.
+// zeroHead tells whether a segment was never written. One that lost its head
+// to zeros has the rest of its table, or a batch, behind it.
 func zeroHead(f vfs.File) bool {
-	p := payload.New(block.Size).Bytes()
+	p := payload.New(2 * block.Size).Bytes()
 	if readFull(f, p, 0) != nil {
 		return false
 	}

@@ -366,6 +366,9 @@ func (l *Log) refusedFile() {
 	l.loop.After(refusedRetry, func() {
 		l.space.full = false
 		l.rest()
+		if l.space.refused && !l.idle.running && l.err == nil && l.w.closing == nil {
+			l.makeSpare() // also with spares enough: only a file that is made shows that there is room
+		}
 		if l.w.stalled {
 			l.pumpLater()
 		}
