@@ -17,11 +17,13 @@ import (
 	"cmp"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash"
 	"hash/fnv"
 	"io"
 	"log/slog"
+	"syscall"
 	"time"
 
 	"firn.io/firn/cluster"
@@ -58,6 +60,9 @@ type Options struct {
 	Plain      bool
 	DiskBytes  int64
 	SlowMerges int
+	// Restores lets the metadata store be set back to backups. Nothing is lost by
+	// that, but an operator has to act: see docs/reliability.md.
+	Restores bool
 	// Log takes what nodes say; nil drops it.
 	Log io.Writer
 }
@@ -239,6 +244,9 @@ func (s *storage) back(after time.Duration) {
 			// Its operator gives it another disk.
 			c.logf("%v", err)
 			s.replace()
+		case errors.Is(err, block.NoSpace), errors.Is(err, syscall.ENOSPC):
+			c.logf("%v", err)
+			s.back(time.Second) // its supervisor starts it again, until there is room
 		case err != nil:
 			c.fail(err)
 		}

@@ -48,7 +48,17 @@ var kinds = []fault{
 	{"takeover", 4, (*faults).takeover},
 	{"metadata away", 3, (*faults).metaAway},
 	{"metadata away from one", 2, (*faults).metaCut},
-	{"metadata restored", 1, (*faults).metaRestore},
+	{restored, 1, (*faults).metaRestore},
+}
+
+const restored = "metadata restored"
+
+// weightOf is 0 for what the options leave out.
+func (f *faults) weightOf(k fault) int {
+	if k.name == restored && !f.c.opt.Restores {
+		return 0
+	}
+	return k.weight
 }
 
 func (s *storage) ifUp(do func()) bool {
@@ -84,11 +94,11 @@ func (f *faults) strike() {
 	s := c.nodes[r.IntN(len(c.nodes))]
 	total := 0
 	for _, k := range kinds {
-		total += k.weight
+		total += f.weightOf(k)
 	}
 	at := r.IntN(total)
 	for _, k := range kinds {
-		if at -= k.weight; at >= 0 {
+		if at -= f.weightOf(k); at >= 0 {
 			continue
 		}
 		c.logf("fault: %s, %s", k.name, nodeName(s.id))
