@@ -45,7 +45,11 @@ func findKernel() (*kernel, error) {
 	}
 	root := filepath.Join(dir, "kernel")
 	if _, err := os.Stat(root); err != nil {
-		if err := fetchKernel(dir, root); err != nil {
+		err := fetchKernel(dir, root)
+		if err != nil && exec.Command("apt-get", "update").Run() == nil {
+			err = fetchKernel(dir, root) // the machine's lists were missing, or old
+		}
+		if err != nil {
 			return nil, fmt.Errorf("fetch the package %s: %w", kernelPackage, err)
 		}
 	}
