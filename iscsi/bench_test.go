@@ -73,6 +73,7 @@ func (r *rawReader) round() error {
 }
 
 // TestReadsAllocateNothing counts the allocations of reads that memory answers.
+// Under the race detector the number means nothing.
 func TestReadsAllocateNothing(t *testing.T) {
 	addr, s := serve(t, device(1<<20, 512), iscsi.Access{})
 	r := newRawReader(t, addr)
@@ -84,7 +85,7 @@ func TestReadsAllocateNothing(t *testing.T) {
 	for range 10 {
 		round()
 	}
-	if per := testing.AllocsPerRun(200, round) / benchDepth; per > 0.05 {
+	if per := testing.AllocsPerRun(200, round) / benchDepth; per > 0.05 && !raceDetector {
 		t.Errorf("%.3f allocations per read", per)
 	}
 	if s.Stats().Inline == 0 {
