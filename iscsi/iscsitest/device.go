@@ -159,10 +159,17 @@ func (d *Device) Trim(ctx context.Context, off, n int64, _ block.Flags) error {
 	})
 }
 
-// WriteZeroes implements block.Device, by WRITE SAME without data.
-func (d *Device) WriteZeroes(ctx context.Context, off, n int64, _ block.Flags) error {
+// manyBlocks is what takes too many commands of WRITE SAME.
+const manyBlocks = 1 << 30
+
+// WriteZeroes implements block.Device, by WRITE SAME without data; large ranges
+// by UNMAP, after which blocks read as zero, too (LBPRZ).
+func (d *Device) WriteZeroes(ctx context.Context, off, n int64, f block.Flags) error {
 	if err := d.check(off, n); err != nil {
 		return err
+	}
+	if n >= manyBlocks {
+		return d.Trim(ctx, off, n, f)
 	}
 	return d.zero(ctx, off, n, func(from, to int64) error {
 		for at := from; at < to; {

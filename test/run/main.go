@@ -268,7 +268,7 @@ func packages(r *report) []string {
 func unit(r *report) { goTest(r, append([]string{"-timeout", "15m"}, packages(r)...)...) }
 
 // raced are the packages with goroutines and locks of their own.
-var raced = []string{"./internal/loop/...", "./internal/payload/...", "./nbd/...", "./iscsi/...", "./cluster/transport/...", "./cluster/node/...", "./cluster/", "./gateway/...", "./cmd/firn/..."}
+var raced = []string{"./internal/loop/...", "./internal/payload/...", "./nbd/...", "./cluster/transport/...", "./cluster/node/...", "./cluster/", "./gateway/...", "./cmd/firn/..."}
 
 func race(r *report) { goTest(r, append([]string{"-race", "-short", "-timeout", "15m"}, raced...)...) }
 
