@@ -222,6 +222,10 @@ func awaitReady(ctx context.Context, ready func(context.Context) error) error {
 		if why == nil || ctx.Err() == nil {
 			why = err
 		}
+		// Asked first: of two that are ready, select takes either.
+		if ctx.Err() != nil {
+			return why
+		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
