@@ -79,6 +79,7 @@ type log struct {
 	stuck   bool // the disk does not answer
 	fail    error
 	reads   int
+	rotten  bool // payloads fail their checksums
 }
 
 type pendingWrite struct {
@@ -135,6 +136,9 @@ func (l *log) pump() {
 func (l *log) Read(lo, hi uint64, maxBytes int, payloads bool) ([]raftgroup.LogEntry, error) {
 	l.reads++
 	d := l.disk
+	if l.rotten && payloads {
+		return nil, block.Errorf(block.Corrupt, "entry %d fails its checksum", lo)
+	}
 	if lo < d.first || lo >= d.first+uint64(len(d.ents)) {
 		return nil, block.Errorf(block.NotFound, "entry %d is not in the log", lo)
 	}
