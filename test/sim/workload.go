@@ -26,7 +26,7 @@ type workload struct {
 	inFlight map[*operation]struct{}
 	open     []change // without an answer, in order; they may still take effect
 	ended    uint64
-	failed   uint64 // of ended; each for a reason that may be
+	failed   uint64        // of ended; each for a reason that may be
 	stall    time.Duration // the longest that an operation took which succeeded
 	fault    error
 	trace    trace
