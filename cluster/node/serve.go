@@ -170,6 +170,11 @@ func (n *Node) replicate(o *op, p *payload.Buf) {
 	if p != nil {
 		bytes = p.Len()
 		wait = n.space.delay(o.rep)
+		if wait > 0 && n.space.delayed+int64(bytes) > maxDelayedBytes {
+			p.Release()
+			o.refuse(wire.StatusBusy, "")
+			return
+		}
 		disks = n.space.began(o.rep, bytes)
 	}
 	propose := func() {
@@ -186,7 +191,11 @@ func (n *Node) replicate(o *op, p *payload.Buf) {
 		})
 	}
 	if wait > 0 {
-		n.loop.After(wait, propose)
+		n.space.delayed += int64(bytes)
+		n.loop.After(wait, func() {
+			n.space.delayed -= int64(bytes)
+			propose()
+		})
 		return
 	}
 	propose()

@@ -24,6 +24,8 @@ const (
 	refuseAfter   = 5 * time.Second
 	// maxDelay is how long a write waits just below refusePercent.
 	maxDelay = 50 * time.Millisecond
+	// maxDelayedBytes bounds the payloads that wait so; further writes are busy.
+	maxDelayedBytes = 64 << 20
 	// spaceInterval is how often nodes tell each other how full their disks are.
 	spaceInterval = 500 * time.Millisecond
 	// spaceStale is when a report is too old to refuse writes for: its node is
@@ -52,6 +54,7 @@ type space struct {
 	// inflight is the bytes of proposals that have not ended, since those of
 	// such that ended after the disk reported last.
 	inflight, since map[block.DiskID]int64
+	delayed         int64 // bytes of proposals that wait for their time
 	// fullFrom is when a disk first reported to be full, of those that have
 	// done so ever since.
 	fullFrom map[block.DiskID]clock.Instant
