@@ -2,6 +2,7 @@ package node
 
 import (
 	"cmp"
+	"time"
 
 	"firn.io/firn/cluster/index"
 	"firn.io/firn/internal/block"
@@ -113,6 +114,11 @@ func (d *disk) pressed() bool {
 	return d.needSpace || d.log.Space().ClaimedBytes > d.logCap()
 }
 
+// markerAge bounds the age of a change that is not checkpointed if there is a
+// trim of whole chunks among them: their space is free only afterwards, and
+// whoever trims looks for it.
+const markerAge = 10 * time.Second
+
 // due returns the replicas to checkpoint now: all that changed when memory or
 // log are over their bounds, or when room is short and a marker waits for its
 // checkpoint, which the reaper needs; else those whose oldest change is old.
@@ -129,7 +135,11 @@ func (d *disk) due(now clock.Instant) []*replica {
 		}
 		changed = append(changed, rep)
 		trimmed = trimmed || p.Markers > 0
-		if rep.dirty && now.Sub(rep.dirtySince) >= pace.CheckpointAge {
+		age := pace.CheckpointAge
+		if p.Markers > 0 {
+			age = min(age, markerAge)
+		}
+		if rep.dirty && now.Sub(rep.dirtySince) >= age {
 			old = append(old, rep)
 		}
 	}
