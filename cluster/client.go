@@ -55,9 +55,6 @@ const (
 	relistEvery = time.Second
 )
 
-// windowSize is how far above its floor a stream sends (W3).
-const windowSize = 4096
-
 // Config says what a Client works with.
 type Config struct {
 	Loop    loop.Loop

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"firn.io/firn/cluster/wire"
 	"firn.io/firn/internal/block"
 )
 
@@ -9,7 +10,7 @@ import (
 // Invariants:
 //   - Every operation that was sent under this epoch and has no definite answer
 //     is in pending, in order of opSeq. floor is the lowest opSeq without one.
-//   - No opSeq at or above floor + windowSize is given out.
+//   - No opSeq at or above floor + wire.OpWindow is given out.
 //   - An operation keeps its opSeq and its floor for all attempts under one epoch.
 //   - token never falls while the attachment lasts: neither does what reads see.
 type stream struct {
@@ -20,7 +21,7 @@ type stream struct {
 
 	next  block.OpSeq // to be given out
 	floor block.OpSeq
-	ended [windowSize / 64]uint64 // bit opSeq mod windowSize: ended, above floor
+	ended [wire.OpWindow / 64]uint64 // bit opSeq mod wire.OpWindow: ended, above floor
 
 	head, tail *operation   // pending
 	waiting    []*operation // for room in the window, or for a new epoch
@@ -37,7 +38,7 @@ func (s *stream) raise(v block.Version) {
 // begin takes a content operation with all but its numbers set.
 func (s *stream) begin(op *operation) {
 	op.stream, op.group = s, s.group
-	if s.att.paused || len(s.waiting) > 0 || s.next >= s.floor+windowSize {
+	if s.att.paused || len(s.waiting) > 0 || s.next >= s.floor+wire.OpWindow {
 		s.waiting = append(s.waiting, op)
 		return
 	}
@@ -82,9 +83,9 @@ func (s *stream) issue(op *operation) {
 func (s *stream) settle(op *operation) {
 	s.unlink(op)
 	seq := op.req.Command.OpSeq
-	s.ended[seq%windowSize/64] |= 1 << (seq % 64)
+	s.ended[seq%wire.OpWindow/64] |= 1 << (seq % 64)
 	for s.floor < s.next {
-		word, bit := &s.ended[s.floor%windowSize/64], uint64(1)<<(s.floor%64)
+		word, bit := &s.ended[s.floor%wire.OpWindow/64], uint64(1)<<(s.floor%64)
 		if *word&bit == 0 {
 			break
 		}
@@ -96,7 +97,7 @@ func (s *stream) settle(op *operation) {
 
 // drain starts what waited, as far as there is room.
 func (s *stream) drain() {
-	for len(s.waiting) > 0 && !s.att.paused && s.next < s.floor+windowSize {
+	for len(s.waiting) > 0 && !s.att.paused && s.next < s.floor+wire.OpWindow {
 		op := s.waiting[0]
 		s.waiting[0] = nil
 		s.waiting = s.waiting[1:]

@@ -247,7 +247,7 @@ func TestWindow(t *testing.T) {
 	s.script = func(q asked) bool {
 		c := &q.req.Command
 		highest = max(highest, c.OpSeq)
-		if c.OpSeq >= c.Floor+windowSize {
+		if c.OpSeq >= c.Floor+wire.OpWindow {
 			t.Errorf("opSeq %d at floor %d", c.OpSeq, c.Floor)
 		}
 		if c.OpSeq == 1 {
@@ -257,7 +257,7 @@ func TestWindow(t *testing.T) {
 		return false
 	}
 	ended := 0
-	const total = windowSize + 500
+	const total = wire.OpWindow + 500
 	s.loop.Post(func() {
 		for i := range total {
 			p, crcs := blockOf(1)
@@ -270,16 +270,16 @@ func TestWindow(t *testing.T) {
 		}
 	})
 	// The held call is lost after a while and sent again, which is held again.
-	s.until("a full window", func() bool { return ended == windowSize-1 })
+	s.until("a full window", func() bool { return ended == wire.OpWindow-1 })
 	s.RunFor(5 * time.Second)
-	if highest != windowSize || ended != windowSize-1 {
+	if highest != wire.OpWindow || ended != wire.OpWindow-1 {
 		t.Errorf("highest opSeq %d, %d ended", highest, ended)
 	}
 	s.script = nil
 	held.reply(wire.Response{Status: wire.StatusOK, Result: wire.ApplyResult{Outcome: wire.OutcomeApplied}})
 	s.until("the rest", func() bool { return ended == total })
 	st := a.stream(0)
-	if st.floor != total+1 || st.next != total+1 || st.head != nil || st.ended != [windowSize / 64]uint64{} {
+	if st.floor != total+1 || st.next != total+1 || st.head != nil || st.ended != [wire.OpWindow / 64]uint64{} {
 		t.Errorf("floor %d, next %d", st.floor, st.next)
 	}
 }

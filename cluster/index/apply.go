@@ -117,7 +117,7 @@ func (r *Replica) judge(v *volume, cmd *wire.Command) (wire.Outcome, bool) {
 	if cmd.OpSeq < v.window.floor {
 		return wire.OutcomeBelowFloor, true
 	}
-	if cmd.OpSeq-v.window.floor >= windowSize {
+	if cmd.OpSeq-v.window.floor >= wire.OpWindow {
 		return wire.OutcomeBeyondWindow, true
 	}
 	return v.window.outcome(cmd.OpSeq)

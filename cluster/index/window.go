@@ -5,9 +5,6 @@ import (
 	"firn.io/firn/internal/block"
 )
 
-// windowSize is how far above the floor an opSeq may be (W3).
-const windowSize = 4096
-
 // maxOpSeq is above every opSeq that a counter reaches.
 const maxOpSeq = block.OpSeq(1) << 62
 
@@ -145,7 +142,7 @@ func decodeWindow(p []byte) (w window, rest []byte, ok bool) {
 	w.floor = block.OpSeq(takeUint64(&p))
 	n := int(p[0]) | int(p[1])<<8
 	p = p[2:]
-	if n > windowSize || w.floor >= maxOpSeq || len(p) < (n+3)/4 {
+	if n > wire.OpWindow || w.floor >= maxOpSeq || len(p) < (n+3)/4 {
 		return w, nil, false
 	}
 	packed, p := p[:(n+3)/4], p[(n+3)/4:]

@@ -45,7 +45,7 @@ func TestRandomWindows(t *testing.T) {
 				if w.floor != floor {
 					t.Fatalf("floor %d, want %d", w.floor, floor)
 				}
-				for i := range block.OpSeq(windowSize) {
+				for i := range block.OpSeq(wire.OpWindow) {
 					got, ok := w.outcome(floor + i)
 					if o, known := want[floor+i]; ok != known || got != o {
 						t.Fatalf("op %d: %d, %v, want %d, %v", floor+i, got, ok, o, known)

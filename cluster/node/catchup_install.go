@@ -512,7 +512,7 @@ func (in *install) store(part []index.Need, blocks int, buf *payload.Buf) {
 	for i := range part {
 		moves[i].Record = part[i].Record
 		size := len(part[i].Record.CRCs) * block.Size
-		if !sameCRCs(part[i].Record.CRCs, bytes[:size]) {
+		if block.FirstBadCRC(part[i].Record.CRCs, bytes[:size]) >= 0 {
 			buf.Release()
 			n.counters.CorruptReads++
 			in.failIf(attempt, "blocks that fail their checksums (volume %v, chunk %d)", part[i].Record.Volume, part[i].Record.Chunk)

@@ -221,7 +221,7 @@ func readCopy(state *index.View, log *seglog.Log, runs []wire.CopyRun, dst []byt
 		if err := log.ReadBlocks(at, part); err != nil {
 			return err
 		}
-		if !sameCRCs(crcs, part) {
+		if block.FirstBadCRC(crcs, part) >= 0 {
 			return block.Errorf(block.Corrupt, "%d blocks at %d.%d of the log fail their checksums", len(crcs), at.Segment, at.Block)
 		}
 	}

@@ -206,12 +206,11 @@ func (s stretch) read(log *seglog.Log) error {
 	}
 	part := s.dst
 	for _, r := range s.runs {
-		for b, want := range r.CRCs {
-			if block.CRC(part[:block.Size]) != want {
-				return block.Errorf(block.Corrupt, "block %d, at %d.%d of the log, fails its checksum", int(r.Block)+b, r.Place.At.Segment, int(r.Place.At.Block)+b)
-			}
-			part = part[block.Size:]
+		n := len(r.CRCs) * block.Size
+		if b := block.FirstBadCRC(r.CRCs, part[:n]); b >= 0 {
+			return block.Errorf(block.Corrupt, "block %d, at %d.%d of the log, fails its checksum", int(r.Block)+b, r.Place.At.Segment, int(r.Place.At.Block)+b)
 		}
+		part = part[n:]
 	}
 	return nil
 }

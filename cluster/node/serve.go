@@ -142,7 +142,7 @@ func (n *Node) propose(o *op, m transport.Message) {
 		o.refuse(wire.StatusInvalid, "the payload is not what the command says")
 	case !g.Leading():
 		o.refuse(wire.StatusNotLeader, "")
-	case p != nil && !sameCRCs(cmd.CRCs, p.Bytes()):
+	case p != nil && block.FirstBadCRC(cmd.CRCs, p.Bytes()) >= 0:
 		o.refuse(wire.StatusCorrupt, "the payload does not match its checksums")
 	default:
 		st := wire.Status(0)
@@ -199,16 +199,6 @@ func (n *Node) replicate(o *op, p *payload.Buf) {
 		return
 	}
 	propose()
-}
-
-func sameCRCs(crcs []uint32, p []byte) bool {
-	for _, want := range crcs {
-		if len(p) < block.Size || block.CRC(p[:block.Size]) != want {
-			return false
-		}
-		p = p[block.Size:]
-	}
-	return len(p) == 0
 }
 
 // refuse answers with a status alone.

@@ -374,13 +374,7 @@ func (l *Log) readSurvivors(part []survivor, buf []byte) (good []Move, bad []sur
 		s := &part[i]
 		p := buf[at : at+len(s.CRCs)*block.Size]
 		err := l.ReadBlocks(s.from, p)
-		for k, crc := range s.CRCs {
-			if err != nil || block.CRC(p[k*block.Size:(k+1)*block.Size]) != crc {
-				err = errNoBatch
-				break
-			}
-		}
-		if err != nil {
+		if err != nil || block.FirstBadCRC(s.CRCs, p) >= 0 {
 			bad = append(bad, *s)
 			continue
 		}

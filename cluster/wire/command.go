@@ -82,6 +82,9 @@ type Command struct {
 // the volume is set read-only.
 const FlagReadOnlyVolume uint16 = 1 << 0
 
+// OpWindow is how far above its floor an opSeq may be (W3).
+const OpWindow = 4096
+
 // MaxVolumeValueBytes bounds the copy of a volume's etcd value in a command.
 const MaxVolumeValueBytes = 128 << 10
 

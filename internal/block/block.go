@@ -198,6 +198,22 @@ func CRC(p []byte) uint32 { return crc32.Checksum(p, castagnoli) }
 // UpdateCRC extends a CRC32C by p.
 func UpdateCRC(crc uint32, p []byte) uint32 { return crc32.Update(crc, castagnoli, p) }
 
+// FirstBadCRC returns the first block of p whose CRC32C is not the one in crcs,
+// or -1. p has a block per checksum; what it lacks counts as bad, and what it has
+// beyond them.
+func FirstBadCRC(crcs []uint32, p []byte) int {
+	for i, want := range crcs {
+		if len(p) < Size || CRC(p[:Size]) != want {
+			return i
+		}
+		p = p[Size:]
+	}
+	if len(p) > 0 {
+		return len(crcs)
+	}
+	return -1
+}
+
 // AppendCRCs appends the CRC of each block of p, whose length is a multiple of
 // Size, to dst.
 func AppendCRCs(dst []uint32, p []byte) []uint32 {
