@@ -85,10 +85,9 @@ func (m *Mem) SetDown(down bool) {
 
 // MemBackup is what Backup copied.
 type MemBackup struct {
-	rev       Revision
-	keys      map[string]KV
-	leases    map[LeaseID]time.Duration
-	lastLease LeaseID
+	rev    Revision
+	keys   map[string]KV
+	leases map[LeaseID]time.Duration
 }
 
 // Backup copies the state of the server.
@@ -96,7 +95,7 @@ func (m *Mem) Backup() MemBackup {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.expire()
-	b := MemBackup{rev: m.rev, keys: maps.Clone(m.keys), leases: map[LeaseID]time.Duration{}, lastLease: m.lastLease}
+	b := MemBackup{rev: m.rev, keys: maps.Clone(m.keys), leases: map[LeaseID]time.Duration{}}
 	for id, l := range m.leases {
 		b.leases[id] = l.ttl
 	}
@@ -104,11 +103,13 @@ func (m *Mem) Backup() MemBackup {
 }
 
 // Restore sets the server back to a backup, its revision too. Leases have their
-// whole time again.
+// whole time again. The ids of those that were granted since are not given out
+// anew, as etcd's are not, which have a time in them: their holders still try to
+// keep them alive.
 func (m *Mem) Restore(b MemBackup) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.rev, m.keys, m.lastLease = b.rev, maps.Clone(b.keys), b.lastLease
+	m.rev, m.keys = b.rev, maps.Clone(b.keys)
 	m.leases = map[LeaseID]*memLease{}
 	for id, ttl := range b.leases {
 		m.leases[id] = &memLease{ttl: ttl}

@@ -60,9 +60,6 @@ type Options struct {
 	Plain      bool
 	DiskBytes  int64
 	SlowMerges int
-	// Restores lets the metadata store be set back to backups. Nothing is lost by
-	// that, but an operator has to act: see docs/reliability.md.
-	Restores bool
 	// Log takes what nodes say; nil drops it.
 	Log io.Writer
 }

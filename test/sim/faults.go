@@ -48,17 +48,7 @@ var kinds = []fault{
 	{"takeover", 4, (*faults).takeover},
 	{"metadata away", 3, (*faults).metaAway},
 	{"metadata away from one", 2, (*faults).metaCut},
-	{restored, 1, (*faults).metaRestore},
-}
-
-const restored = "metadata restored"
-
-// weightOf is 0 for what the options leave out.
-func (f *faults) weightOf(k fault) int {
-	if k.name == restored && !f.c.opt.Restores {
-		return 0
-	}
-	return k.weight
+	{"metadata restored", 1, (*faults).metaRestore},
 }
 
 func (s *storage) ifUp(do func()) bool {
@@ -94,11 +84,11 @@ func (f *faults) strike() {
 	s := c.nodes[r.IntN(len(c.nodes))]
 	total := 0
 	for _, k := range kinds {
-		total += f.weightOf(k)
+		total += k.weight
 	}
 	at := r.IntN(total)
 	for _, k := range kinds {
-		if at -= f.weightOf(k); at >= 0 {
+		if at -= k.weight; at >= 0 {
 			continue
 		}
 		c.logf("fault: %s, %s", k.name, nodeName(s.id))

@@ -8,13 +8,10 @@ import (
 	"time"
 )
 
-var (
-	seed     = flag.Uint64("seed", 0, "the seed that TestSeed replays, with its log")
-	restores = flag.Bool("restores", false, "let the metadata store be set back to backups too")
-)
+var seed = flag.Uint64("seed", 0, "the seed that TestSeed replays, with its log")
 
 func options(seed uint64) Options {
-	o := Options{Seed: seed, Nodes: 3, VolumeBytes: 24 << 20, Writers: 8, Duration: 9 * time.Second, Restores: *restores}
+	o := Options{Seed: seed, Nodes: 3, VolumeBytes: 24 << 20, Writers: 8, Duration: 9 * time.Second}
 	switch seed % 8 {
 	case 5:
 		o.Nodes, o.Replicas = 4, 3
