@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -18,15 +19,19 @@ type job struct {
 	rw         string
 	blockBytes int
 	depth      int
+	// sizeBytes of the volume are used, all if it is 0; ioBytes are written or
+	// read in sum, once over that if it is 0 and there is no time.
+	sizeBytes, ioBytes int64
+	distribution       string // of random offsets; fio's name, uniform if empty
 }
 
 var jobs = []job{
-	{"4 KiB random read, 1", "randread", 4096, 1},
-	{"4 KiB random read, 32", "randread", 4096, 32},
-	{"4 KiB random write, 1", "randwrite", 4096, 1},
-	{"4 KiB random write, 32", "randwrite", 4096, 32},
-	{"1 MiB read, 4", "read", 1 << 20, 4},
-	{"1 MiB write, 4", "write", 1 << 20, 4},
+	{name: "4 KiB random read, 1", rw: "randread", blockBytes: 4096, depth: 1},
+	{name: "4 KiB random read, 32", rw: "randread", blockBytes: 4096, depth: 32},
+	{name: "4 KiB random write, 1", rw: "randwrite", blockBytes: 4096, depth: 1},
+	{name: "4 KiB random write, 32", rw: "randwrite", blockBytes: 4096, depth: 32},
+	{name: "1 MiB read, 4", rw: "read", blockBytes: 1 << 20, depth: 4},
+	{name: "1 MiB write, 4", rw: "write", blockBytes: 1 << 20, depth: 4},
 }
 
 func (j job) writes() bool { return j.rw == "write" || j.rw == "randwrite" }
@@ -55,8 +60,14 @@ type fioSide struct {
 func runFio(ctx context.Context, uri string, j job, each time.Duration) (fioResult, error) {
 	args := []string{"--name=bench", "--ioengine=nbd", "--uri=" + uri, "--rw=" + j.rw,
 		"--bs=" + strconv.Itoa(j.blockBytes), "--iodepth=" + strconv.Itoa(j.depth),
-		"--size=" + strconv.Itoa(volumeBytes), "--randrepeat=1", "--norandommap", "--refill_buffers",
+		"--size=" + strconv.FormatInt(cmp.Or(j.sizeBytes, volumeBytes), 10), "--randrepeat=1", "--norandommap", "--refill_buffers",
 		"--output-format=json"}
+	if j.ioBytes > 0 {
+		args = append(args, "--io_size="+strconv.FormatInt(j.ioBytes, 10))
+	}
+	if j.distribution != "" {
+		args = append(args, "--random_distribution="+j.distribution)
+	}
 	if each > 0 {
 		args = append(args, "--time_based", "--runtime="+strconv.Itoa(int(each.Seconds())))
 	}

@@ -22,6 +22,7 @@ func main() {
 	flag.DurationVar(&o.each, "each", 8*time.Second, "how long each job runs")
 	flag.StringVar(&o.out, "out", "docs/benchmarks.md", "the page whose measured part is replaced; - prints only")
 	flag.StringVar(&o.only, "only", "", "run only the servers whose names contain this")
+	flag.BoolVar(&o.disk, "disk", true, "also measure write amplification by fill, and an idle node")
 	flag.BoolVar(&o.micro, "micro", true, "also run the micro-benchmarks (go test -bench)")
 	flag.StringVar(&o.dir, "dir", "", "folder for the servers' data (default: a temporary one)")
 	flag.Parse()
@@ -37,6 +38,7 @@ type options struct {
 	each  time.Duration
 	out   string
 	only  string
+	disk  bool
 	micro bool
 	dir   string
 }
@@ -75,6 +77,11 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
+	disk, err := measureDisk(ctx, firn, dir, o)
+	if err != nil {
+		return err
+	}
+	front = append(front, disk...)
 	var micro []string
 	if o.micro {
 		if micro, err = microBenchmarks(ctx); err != nil {

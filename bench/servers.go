@@ -31,6 +31,8 @@ type running struct {
 	nbd     string // host:port that answers when it is ready
 	metrics string // URL, or empty
 	ready   string // URL that answers 200 when the volume can be used, or empty
+	firn    string // the program, of a server that is Firn
+	api     string // its host:port
 	log     *bytes.Buffer
 	exited  chan struct{} // closed when the process has ended
 }
@@ -105,6 +107,7 @@ func startFirn(ctx context.Context, firn, dir string, args ...string) (*running,
 	if err != nil {
 		return nil, err
 	}
+	r.firn, r.api = firn, at(1)
 	r.metrics, r.ready = "http://"+at(2)+"/metrics", "http://"+at(2)+"/readyz"
 	return r, nil
 }

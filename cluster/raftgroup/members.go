@@ -50,7 +50,7 @@ type Change struct {
 // false if it is void.
 func (c *Conf) after(ch *Change, index uint64) (Conf, bool) {
 	next := Conf{Index: index, LastReplica: c.LastReplica, Members: slices.Clone(c.Members)}
-	if ch.Base != c.Index || c.joint() != (ch.Kind == Leave) {
+	if ch.Base != c.Index || c.joint() != (ch.Kind == Leave) || !ch.whole() {
 		return *c, false
 	}
 	at := func(r block.ReplicaID) int {
@@ -143,6 +143,21 @@ func encodeChange(ch *Change) ([]byte, error) {
 	}
 	cc.Context = ctx
 	return proto.Marshal(cc)
+}
+
+// whole tells whether the change has what its kind needs, and nothing that the
+// library would carry out beside it.
+func (ch *Change) whole() bool {
+	added, removed := len(ch.Members) > 0, len(ch.Remove) > 0
+	switch ch.Kind {
+	case AddLearner:
+		return added && !removed
+	case Replace:
+		return added
+	case DropLearner:
+		return removed && !added
+	}
+	return !added && !removed // Leave
 }
 
 // decodeChange is the inverse of encodeChange. Kinds Unsupported, Corrupt.
