@@ -143,8 +143,14 @@ func (n *node) ack(g block.GroupID, r meta.ReplicaMeta) {
 func (n *node) end(g meta.GroupMeta, r meta.ReplicaMeta) {
 	var err error
 	l := n.loop
+	now := meta.Membership{Index: g.ConfVersion + 30, Last: r.Replica}
+	for _, m := range g.Replicas {
+		if !m.Leaving {
+			now.Members = append(now.Members, m.Replica)
+		}
+	}
 	l.Do(loop.Meta, func() {
-		err = meta.EndReplacement(background, n.client, g.ID, r.Replica, g.ConfVersion+30, r.Replica, true)
+		err = meta.EndReplacement(background, n.client, g.ID, r.Replica, now)
 	}, func() {
 		if err != nil {
 			l.After(200*time.Millisecond, func() { n.end(g, r) })

@@ -14,13 +14,9 @@ func (n *Node) health() wire.NodeHealth {
 	}
 	for _, rep := range n.sorted() {
 		h.Replicas++
-		if rep.halted != nil || rep.group != nil && rep.group.Err() != nil {
+		if err := rep.trouble(); err != nil {
 			h.Halted++
 			if h.HaltedReason == "" {
-				err := rep.halted
-				if err == nil {
-					err = rep.group.Err()
-				}
 				h.HaltedReason = fmt.Sprintf("group %d replica %d: %v", rep.key.Group, rep.key.Replica, err)
 			}
 		}
