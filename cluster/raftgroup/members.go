@@ -388,11 +388,14 @@ func replicasOf(members []Member) []block.ReplicaID {
 	return ids
 }
 
+// caughtUp tells whether the learners hold all up to the entry that made them
+// learners, at least, and nearly all that is committed. That they count as
+// active proves nothing: the library takes that of new ones for granted.
 func (g *Group) caughtUp(learners []Member) bool {
 	caught := 0
 	for _, p := range g.Progress() {
 		for _, m := range learners {
-			if p.Member.Replica == m.Replica && p.Active && !p.NeedsCopy && p.Match+caughtUpEntries >= g.commit {
+			if p.Member.Replica == m.Replica && p.Active && !p.NeedsCopy && p.Match >= g.conf.Index && p.Match+caughtUpEntries >= g.commit {
 				caught++
 			}
 		}

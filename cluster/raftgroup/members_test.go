@@ -270,6 +270,43 @@ func TestAJoinerThatIsLostIsDropped(t *testing.T) {
 	}
 }
 
+// TestALearnerThatHoldsNothingDoesNotVote: also in a group of so few entries that
+// it could be said to be behind by few.
+func TestALearnerThatHoldsNothingDoesNotVote(t *testing.T) {
+	c := newChurn(t, 5)
+	for range 20 {
+		c.ok(c.propose(c.elect(1), 1, 1))
+	}
+	l := c.elect(1)
+	p := c.procs[int(l.id)%3]
+	old := p.replica(1)
+	c.wipe(p)
+	c.decide(p, old)
+	joiner := c.order.Add[0].Replica
+	for _, q := range c.procs {
+		c.net.Isolate(addr(p.id), addr(q.id))
+	}
+	role := func() raftgroup.Role {
+		for _, m := range c.elect(1).host.Group(1).Conf().Members {
+			if m.Replica == joiner {
+				return m.Role
+			}
+		}
+		return 0
+	}
+	for range 50 {
+		c.pursue()
+		c.world.RunFor(100 * time.Millisecond)
+	}
+	if r := role(); r != raftgroup.Learner {
+		t.Fatalf("it holds nothing and has role %d", r)
+	}
+	c.net.HealAll()
+	c.finish()
+	c.ok(c.propose(c.elect(1), 1, 1))
+	c.agree(1)
+}
+
 // churnChaos wipes and replaces members under crashes, cuts and loss, one at a
 // time, and checks that nothing acknowledged is lost and no id comes twice.
 func churnChaos(t *testing.T, seed uint64, steps int) int {
