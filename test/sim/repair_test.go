@@ -19,15 +19,6 @@ import (
 // is known.
 const repairLimit = 30 * time.Second
 
-// groupsNow is what the metadata store says of the groups.
-func (c *Cluster) groupsNow() []meta.GroupMeta {
-	gs, err := meta.ListGroups(c.ctx, c.Meta.Client())
-	if err != nil {
-		c.fail(err)
-	}
-	return gs
-}
-
 // repaired waits until all groups are whole and nothing is left of replicas that
 // were replaced, on disks that are there.
 func (c *Cluster) repaired() error {
