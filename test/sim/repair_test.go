@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -173,6 +174,38 @@ func TestADamagedReplicaIsReplaced(t *testing.T) {
 		c.runFor(3 * time.Second)
 		return cmp.Or(c.quiesce(l), c.verify(l.w))
 	})
+}
+
+// The node of damaged replicas crashes again and again while they are found,
+// replaced, filled and removed.
+func TestCrashesInARepair(t *testing.T) {
+	seeds := 1
+	if os.Getenv("FIRN_TEST_LONG") != "" {
+		seeds = 20
+	}
+	for n := range seeds {
+		script(t, small(uint64(63+n)), func(c *Cluster, l *load) error {
+			c.runFor(3 * time.Second)
+			s := c.nodes[1]
+			if err := s.damage(); err != nil {
+				return err
+			}
+			r := c.World.Rand()
+			for range 10 {
+				c.runFor(time.Duration(50+r.IntN(700)) * time.Millisecond)
+				if s.running() && r.IntN(2) == 0 {
+					s.crashIn = 1 + r.IntN(20)
+					c.runUntil(time.Second, func() bool { return !s.running() })
+				} else if s.running() {
+					s.crash()
+				}
+				c.runUntil(5*time.Second, s.running)
+			}
+			s.crashIn = 0
+			c.runUntil(5*time.Second, s.running)
+			return cmp.Or(c.repaired(), c.settle(l))
+		})
+	}
 }
 
 // A wiped replica is replaced, and its joiner is lost before it was filled: it is
