@@ -95,6 +95,34 @@ type Coordinator struct {
 	stopped     bool
 
 	lead *leadership // nil while another, or none, is elected
+
+	ordered, givenUp uint64
+}
+
+// Status is a snapshot of a candidate.
+type Status struct {
+	// Leading: see Coordinator.Leading. Groups and Degraded are known only then.
+	Leading bool
+	// Groups is how many there are; Degraded of them lack a replica that is well,
+	// or are being repaired.
+	Groups, Degraded int
+	// Ordered and GivenUp count replacements that this candidate asked the store
+	// for since it began.
+	Ordered, GivenUp uint64
+}
+
+// Status returns a snapshot.
+func (c *Coordinator) Status() Status {
+	s := Status{Leading: c.Leading(), Ordered: c.ordered, GivenUp: c.givenUp}
+	if c.lead != nil {
+		s.Groups = len(c.lead.view.groups)
+		for _, g := range c.lead.view.groups {
+			if !g.Whole() {
+				s.Degraded++
+			}
+		}
+	}
+	return s
 }
 
 // New makes a candidate; Start begins it.

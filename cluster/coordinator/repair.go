@@ -184,6 +184,7 @@ func (l *leadership) placeFor(g meta.GroupMeta) (meta.Place, bool) {
 
 func (l *leadership) replace(g meta.GroupMeta, old meta.ReplicaMeta, at meta.Place) {
 	l.c.cfg.Log.Info("coordinator: replaces a replica", "group", g.ID, "replica", old.Replica, "of node", old.Node, "by one on node", at.Node)
+	l.c.ordered++
 	l.step("replace a replica", func() error {
 		return meta.ReplaceReplica(l.ctx, l.c.cfg.Store, l.guard, g.ID, g.ConfVersion, old.Replica, at)
 	}, func() bool {
@@ -194,6 +195,7 @@ func (l *leadership) replace(g meta.GroupMeta, old meta.ReplicaMeta, at meta.Pla
 
 func (l *leadership) giveUp(g meta.GroupMeta, joining meta.ReplicaMeta) {
 	l.c.cfg.Log.Info("coordinator: gives a replacement up", "group", g.ID, "replica", joining.Replica, "of node", joining.Node)
+	l.c.givenUp++
 	l.step("give a replacement up", func() error {
 		return meta.AbandonReplacement(l.ctx, l.c.cfg.Store, l.guard, g.ID, joining.Replica)
 	}, func() bool {
