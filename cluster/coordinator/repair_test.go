@@ -187,6 +187,48 @@ func TestAReplicaThatIsGoneBeforeItJoinsIsGivenUp(t *testing.T) {
 	}
 }
 
+// TestFewerZonesThanReplicas: groups are placed all the same, over the zones that
+// there are, and so are the replicas that take the place of others.
+func TestFewerZonesThanReplicas(t *testing.T) {
+	c := newCluster(t, 8, 6)
+	zoneOf := map[block.NodeID]string{}
+	for i, n := range c.nodes {
+		n.zone = []string{"a", "b"}[i%2]
+		zoneOf[n.id] = n.zone
+		n.restart()
+	}
+	c.until("the zones are known", 20*time.Second, func() bool {
+		nodes, err := meta.ListNodes(background, c.admin)
+		c.must(err)
+		for _, n := range nodes {
+			if n.Zone != zoneOf[n.ID] {
+				return false
+			}
+		}
+		return c.live() == len(c.nodes) && c.leader() != nil
+	})
+	id := c.create(10*gib, 3)
+	c.until("the volume is ready", 5*time.Second, func() bool { return c.state(id) == meta.Ready })
+	spread := func() {
+		t.Helper()
+		for _, g := range c.groups() {
+			in := map[string]int{}
+			for _, r := range g.Replicas {
+				in[zoneOf[r.Node]]++
+			}
+			if len(in) != 2 {
+				t.Errorf("group %d is in the zones %v", g.ID, in)
+			}
+		}
+	}
+	spread()
+	r := c.groups()[0].Replicas[0]
+	c.must(meta.SetDiskFailed(background, c.admin, r.Node, r.Disk))
+	c.until("the groups are whole", time.Minute, func() bool { return c.whole(3, r.Disk) })
+	spread()
+	c.check()
+}
+
 // TestAGroupWithoutAMajorityIsNotRepaired: nobody could take a new replica in,
 // and whoever knows more than is left must decide.
 func TestAGroupWithoutAMajorityIsNotRepaired(t *testing.T) {

@@ -18,7 +18,7 @@ func options(seed uint64) Options {
 		AbsentAfter: time.Second}
 	switch seed % 8 {
 	case 5:
-		o.Nodes, o.Replicas = 4, 3
+		o.Nodes, o.Replicas, o.ReplaceAfter = 4, 3, 2*time.Second
 	case 7:
 		o.Nodes = 5
 	}
