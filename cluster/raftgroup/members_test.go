@@ -101,6 +101,11 @@ func (c *churn) finish() {
 		}
 		c.world.RunFor(100 * time.Millisecond)
 	}
+	for _, p := range c.procs {
+		if gr := p.host.Group(1); gr != nil {
+			c.t.Logf("node %d: applied %v, committed %d, term %d, leading %v, progress %v, members %+v", p.id, gr.Applied(), gr.Committed(), gr.Term(), gr.Leading(), gr.Progress(), gr.Conf())
+		}
+	}
 	c.t.Fatalf("no replacement within a minute: %+v", *c.order)
 }
 
@@ -390,6 +395,10 @@ func churnChaos(t *testing.T, seed uint64, steps int) int {
 	}
 	return c.done
 }
+
+// TestAnOfferOfAYoungLeaderIsRepeated: a host that leads before its first tick
+// offered a copy to a learner once, and never again.
+func TestAnOfferOfAYoungLeaderIsRepeated(t *testing.T) { churnChaos(t, 986, 300) }
 
 func countOf(ops []block.OpSeq, op block.OpSeq) int {
 	n := 0
