@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"firn.io/firn/cluster/clusterpb"
@@ -13,11 +14,11 @@ import (
 
 // The states of a repair.
 const (
-	repairOrdered   = "ordered"   // its node has not made it yet
-	repairWaiting   = "waiting"   // for its turn to be filled
-	repairCopying   = "copying"   // from another replica's state
-	repairFollowing = "following" // the log, until it has nearly all
-	repairGivenUp   = "given up"  // the new replica is lost; the group drops it
+	repairOrdered = "ordered"  // its node has not made it yet
+	repairJoining = "joining"  // it waits for its turn to be copied, or for the end of the log
+	repairWaiting = "waiting"  // for its turn to be copied
+	repairCopying = "copying"  // from another replica's state
+	repairGivenUp = "given up" // the new replica is lost; the group drops it
 )
 
 type repairView struct {
@@ -59,7 +60,7 @@ func repairsOf(groups []meta.GroupMeta, copies map[uint32][]wire.CopyHealth) (ou
 			case r.GivenUp:
 				v.State = repairGivenUp
 			case r.Created:
-				v.State = repairFollowing
+				v.State = repairJoining
 			default:
 				v.State = repairOrdered
 			}
@@ -161,9 +162,11 @@ func groupProblems(groups []meta.GroupMeta, nodes []*clusterpb.Node) (out []*clu
 				continue
 			}
 			members++
-			if r.Dead() {
+			n := byID[uint32(r.Node)]
+			switch alive := n != nil && n.Alive; {
+			case r.Dead(), alive && !hasDisk(n, r.Disk):
 				dead++
-			} else if n := byID[uint32(r.Node)]; n != nil && n.Alive {
+			case alive:
 				up++
 			}
 		}
@@ -183,13 +186,18 @@ func groupProblems(groups []meta.GroupMeta, nodes []*clusterpb.Node) (out []*clu
 	}
 	if gone > 0 {
 		problem("error", "if it stays so for more than a minute: a new replica needs a node that is up, has a disk with room and holds no other replica of the group, and a majority of the others. Check that the right disks are mounted; see docs/repair.md",
-			"%d %s lost or damaged, and not being replaced yet", gone, pluralIs(gone, "replica"))
+			"%d %s lost, damaged, or on a disk that failed or is not there, and not being replaced yet", gone, pluralIs(gone, "replica"))
 	}
 	if repairing > 0 {
 		problem("warning", "nothing: `firn status` shows how far it is",
 			"%d of %d groups are being repaired", repairing, len(groups))
 	}
 	return append(out, zoneProblems(groups, byID)...)
+}
+
+// hasDisk tells whether the node came up with a disk that works.
+func hasDisk(n *clusterpb.Node, id block.DiskID) bool {
+	return slices.ContainsFunc(n.Disks, func(d *clusterpb.Disk) bool { return d.Id == id.String() && !d.Failed })
 }
 
 func pluralIs(n int, word string) string {
