@@ -11,10 +11,11 @@ import (
 var seed = flag.Uint64("seed", 0, "the seed that TestSeed replays, with its log")
 
 func options(seed uint64) Options {
-	o := Options{Seed: seed, Nodes: 3, VolumeBytes: 24 << 20, Writers: 8, Duration: 9 * time.Second}
+	o := Options{Seed: seed, Nodes: 3, VolumeBytes: 24 << 20, Writers: 8, Duration: 9 * time.Second,
+		AbsentAfter: time.Second}
 	switch seed % 8 {
 	case 5:
-		o.Nodes, o.Replicas = 4, 3
+		o.Nodes, o.Replicas, o.ReplaceAfter = 4, 3, 2*time.Second
 	case 7:
 		o.Nodes = 5
 	}
