@@ -1,6 +1,7 @@
 package seglog
 
 import (
+	"errors"
 	"path"
 
 	"firn.io/firn/internal/block"
@@ -84,6 +85,9 @@ func (r *recovery) findTable() error {
 			continue
 		}
 		b := &found[i]
+		if errors.Is(b.err, block.Unsupported) {
+			return b.err
+		}
 		if b.err != nil || b.kind != kindTable || b.generation != b.number {
 			s.state = free
 			if s.fresh = zeroHead(s.file); !s.fresh || r.lives(s) {
@@ -137,10 +141,16 @@ func zeroHead(f vfs.File) bool {
 // lets go of it.
 func (r *recovery) probe(odd []*segment) error {
 	for _, s := range odd {
-		h, newer := r.resync(s, 1, 0, r.table.number)
+		h, newer, err := r.resync(s, 1, 0, r.table.number)
+		if err != nil {
+			return err
+		}
 		if !newer {
 			var older bool
-			if h, older = r.resync(s, 1, 0, 0); !older {
+			if h, older, err = r.resync(s, 1, 0, 0); err != nil {
+				return err
+			}
+			if !older {
 				if r.l.opt.Live != nil && r.l.opt.Live(s.id, 0) {
 					r.l.logf("disk %v: segment %d holds data, and none of its headers can be read: it is kept", r.l.sb.Disk, s.id)
 					s.state, s.fresh, s.generation, s.last = sealed, false, 1, 1
@@ -149,7 +159,8 @@ func (r *recovery) probe(odd []*segment) error {
 			}
 		}
 		if r.table.number == 0 {
-			return block.Errorf(block.Corrupt, "segment %d holds batches, and no state table can be read", s.id)
+			return block.Errorf(block.Corrupt, "segment %d holds batches, and no segment begins with a state table that can be read: the heads have rotted. "+
+				"Replace the disk, and its replicas are filled from others; nothing on it was changed", s.id)
 		}
 		s.state, s.fresh, s.generation, s.last = sealed, false, h.generation, h.number
 		if newer {
