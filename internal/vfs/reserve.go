@@ -1,8 +1,10 @@
 package vfs
 
 import (
+	"errors"
 	"path"
 	"sync"
+	"syscall"
 
 	"firn.io/firn/internal/block"
 )
@@ -104,10 +106,34 @@ func (r *Reserve) draw(floor int64) bool {
 	return true
 }
 
-// Make is called when a write found no room, and tells whether to try it again:
-// part of the reserve was given up for it or, once Serve was called, others made
-// room meanwhile. Up to then, and after End, it does not wait.
-func (r *Reserve) Make() bool {
+// Do runs op, a write, and again when it found no room: part of the reserve is
+// given up for it or, once Serve was called, it waits until others make room. Up to
+// then, and after End, it does not wait, and returns what op does.
+func (r *Reserve) Do(op func() error) error {
+	err := op()
+	waits := false
+	for err != nil && IsNoSpace(err) && r.makeRoom(&waits) {
+		err = op()
+	}
+	if waits {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.waiting--; r.waiting == 0 {
+			r.stuck = make(chan struct{})
+		}
+	}
+	return err
+}
+
+// IsNoSpace tells whether a file system had no room for a write, which may be tried
+// again.
+func IsNoSpace(err error) bool {
+	return errors.Is(err, block.NoSpace) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// makeRoom tells whether to try a write again that found no room. waits says
+// whether the caller is counted among those who wait.
+func (r *Reserve) makeRoom(waits *bool) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.ended {
@@ -119,16 +145,16 @@ func (r *Reserve) Make() bool {
 	if r.draw(reserveFloor) {
 		return true
 	}
-	if r.waiting++; r.waiting == 1 {
-		close(r.stuck)
+	if !*waits {
+		*waits = true
+		if r.waiting++; r.waiting == 1 {
+			close(r.stuck)
+		}
 	}
 	again := r.again
 	r.mu.Unlock()
 	<-again
 	r.mu.Lock()
-	if r.waiting--; r.waiting == 0 {
-		r.stuck = make(chan struct{})
-	}
 	return !r.ended
 }
 
@@ -144,7 +170,7 @@ func (r *Reserve) Release() bool {
 	return gave
 }
 
-// Serve ends the start: from here on Make leaves a part for the next one, and waits.
+// Serve ends the start: from here on Do leaves a part for the next one, and waits.
 func (r *Reserve) Serve() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

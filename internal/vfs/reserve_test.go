@@ -40,28 +40,38 @@ func TestReserve(t *testing.T) {
 
 	// While it serves, a part is left to the next start.
 	r.Serve()
-	for range 4 {
-		if !r.Make() {
-			t.Fatal("nothing is drawn")
+	full := block.Errorf(block.NoSpace, "full")
+	times := func(n int) func() error { // a write that finds room the n-th time
+		return func() error {
+			if n--; n > 0 {
+				return full
+			}
+			return nil
 		}
 	}
+	if err := r.Do(times(5)); err != nil {
+		t.Fatal(err)
+	}
 	want(r, size/2, false)
-	for range 2 {
-		r.Make()
+	if err := r.Do(times(3)); err != nil {
+		t.Fatal(err)
 	}
 	want(r, size/4, true)
+	other := errors.New("another error")
+	if err := r.Do(func() error { return other }); err != other {
+		t.Fatal(err)
+	}
+	answer := make(chan error)
 	waits := r.Waits()
-	answer := make(chan bool)
-	ask := func() { go func() { answer <- r.Make() }() }
-	ask()
+	go func() { answer <- r.Do(times(2)) }()
 	<-waits
 	if !r.Stuck() {
 		t.Error("nobody waits")
 	}
 	fs.SetCapacity(2 * size) // room for what is missing, not for as much again
 	r.Retry()                // wakes who waits, and does not take the room from it
-	if !<-answer {
-		t.Error("who waited is to give up")
+	if err := <-answer; err != nil || r.Stuck() {
+		t.Errorf("who waited gave up: %v", err)
 	}
 	want(r, size/4, true)
 	if err := r.Fill(); err != nil {
@@ -75,12 +85,18 @@ func TestReserve(t *testing.T) {
 	if err := r.Fill(); !errors.Is(err, block.NoSpace) {
 		t.Errorf("the last room is taken: %v", err)
 	}
+	if err := r.Do(times(2)); err != full {
+		t.Errorf("a start waits for room: %v", err)
+	}
 	r.Serve()
 	waits = r.Waits()
-	ask()
+	go func() { answer <- r.Do(func() error { return full }) }()
 	<-waits
 	r.End()
-	if <-answer || r.Make() {
-		t.Error("after the end somebody is to try again")
+	if err := <-answer; err != full {
+		t.Errorf("after the end somebody waits: %v", err)
+	}
+	if err := r.Do(times(2)); err != full {
+		t.Errorf("after the end: %v", err)
 	}
 }

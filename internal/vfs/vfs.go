@@ -12,7 +12,6 @@ import (
 	"path"
 	"strings"
 	"sync/atomic"
-	"syscall"
 
 	"firn.io/firn/internal/block"
 )
@@ -65,7 +64,7 @@ const (
 var ErrSync = errors.New("what was written may be lost")
 
 func syncError(err error, name string) error {
-	if errors.Is(err, block.NoSpace) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+	if IsNoSpace(err) {
 		err = errors.New(err.Error()) // nobody may take it for a write that can be tried again
 	}
 	return block.Wrap(block.Internal, fmt.Errorf("%w: %w", ErrSync, err), "sync %s", name)

@@ -1,13 +1,11 @@
 package pebblestore
 
 import (
-	"errors"
 	"io"
-	"syscall"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
-	"firn.io/firn/internal/block"
+	firnvfs "firn.io/firn/internal/vfs"
 )
 
 // guard stands between Pebble and its files, once the store is open:
@@ -25,45 +23,36 @@ type guard struct {
 	s *Store
 }
 
-func noSpace(err error) bool {
-	return errors.Is(err, block.NoSpace) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
-}
-
 // do runs op until it has found room. It does not return after an error that is
 // final, nor once Close has given the database up; while the store opens, all
 // errors are returned.
 func (s *Store) do(op func() error) error {
-	s.stay()
-	for {
-		err := op()
-		switch {
-		case err == nil:
-			return nil
-		case noSpace(err) && s.room != nil && s.room.Make():
-			s.stay()
-		case !s.serving.Load():
-			return err
-		default:
-			if !noSpace(err) || s.room == nil {
-				s.fail(err)
-			} // else the store closes, and there is no room yet
-			s.park()
+	try := func() error {
+		if s.abandoned.Load() {
+			s.park() // another process may have the folder now
 		}
+		return op()
 	}
+	var err error
+	if s.room != nil {
+		err = s.room.Do(try)
+	} else {
+		err = try()
+	}
+	if err == nil || !s.serving.Load() {
+		return err
+	}
+	if s.room == nil || !firnvfs.IsNoSpace(err) {
+		s.fail(err)
+	} // else the store closes, and there is no room yet
+	s.park()
+	return err
 }
 
 // park keeps a goroutine of Pebble's for good, and lets Close know.
 func (s *Store) park() {
 	s.parking.Do(func() { close(s.parked) })
 	select {}
-}
-
-// stay parks what would go on writing behind the back of another process, when
-// Close has given the database up.
-func (s *Store) stay() {
-	if s.abandoned.Load() {
-		s.park()
-	}
 }
 
 // Create implements vfs.FS.
@@ -92,7 +81,9 @@ func (g guard) OpenDir(name string) (vfs.File, error) {
 
 // Remove implements vfs.FS. Pebble tries a file again at its next start.
 func (g guard) Remove(name string) error {
-	g.s.stay()
+	if g.s.abandoned.Load() {
+		g.s.park()
+	}
 	return g.FS.Remove(name)
 }
 

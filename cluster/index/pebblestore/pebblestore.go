@@ -62,6 +62,9 @@ type Store struct {
 	err   error
 	broke chan struct{} // closed once err is set
 
+	flush    sync.Mutex      // one Flush at a time
+	flushing <-chan struct{} // of Pebble's flush that the last one did not wait for
+
 	// Of guard. A goroutine that is parked never goes on.
 	room      *firnvfs.Reserve
 	lock      io.Closer
@@ -131,7 +134,7 @@ func check(dir string, fs vfs.FS) error {
 // openError says what to do.
 func openError(dir string, err error) error {
 	switch {
-	case noSpace(err):
+	case firnvfs.IsNoSpace(err):
 		return block.Wrap(block.NoSpace, err, "open the index in %s: make room in its file system, and start again", dir)
 	case errors.Is(err, block.Unsupported):
 		return block.Wrap(block.Unsupported, firstLine{err}, "open the index in %s: start the build of Firn that wrote it, or a newer one", dir)
@@ -201,7 +204,7 @@ func (s *Store) options(o Options) *pebble.Options {
 // fail notes the first error of background work. That a start found no room is
 // none: what it left undone is tried again.
 func (s *Store) fail(err error) {
-	if noSpace(err) && s.room != nil {
+	if firnvfs.IsNoSpace(err) && s.room != nil {
 		return
 	}
 	kind := block.Internal
@@ -239,21 +242,37 @@ func (s *Store) Commit(b index.Batch) error {
 // ever; it counts as failed here at the first error. Kind NoSpace when it waits
 // for room: it goes on by itself, and a later Flush tells how it ended.
 func (s *Store) Flush() error {
+	s.flush.Lock()
+	defer s.flush.Unlock()
 	select {
 	case <-s.broke:
 		return s.err
 	default:
 	}
+	// One that waits is not followed by another: each takes a memtable, of which
+	// Pebble holds a few before it stops.
+	if s.flushing != nil {
+		if err := s.await(s.flushing); err != nil {
+			return err
+		}
+	}
 	done, err := s.db.AsyncFlush()
 	if err != nil {
 		return block.Wrap(block.Internal, err, "index: flush")
 	}
+	return s.await(done)
+}
+
+// await waits for a flush of Pebble's, unless that waits for room.
+func (s *Store) await(done <-chan struct{}) error {
+	s.flushing = done
 	var waits <-chan struct{}
 	if s.room != nil {
 		waits = s.room.Waits()
 	}
 	select {
 	case <-done:
+		s.flushing = nil
 		// An error of another flush, or of a compaction, may have come first.
 		select {
 		case <-s.broke:
