@@ -100,8 +100,9 @@ func (d *disk) recover() error {
 		Parallel: n.cfg.Parallel, Failed: d.fail,
 		Logf: n.cfg.Logf,
 	}
-	if d.log, err = seglog.Open(n.cfg.FS, d.cfg.Dir, d.sb, o); err != nil && noSpace(err) && d.reserve.Release() {
-		d.log, err = seglog.Open(n.cfg.FS, d.cfg.Dir, d.sb, o)
+	segments := vfs.NewPool(n.cfg.FS, maxOpenSegments)
+	if d.log, err = seglog.Open(segments, d.cfg.Dir, d.sb, o); err != nil && noSpace(err) && d.reserve.Release() {
+		d.log, err = seglog.Open(segments, d.cfg.Dir, d.sb, o)
 	}
 	if err != nil {
 		return err

@@ -127,6 +127,9 @@ func mustBeEmpty(fs vfs.FS, dir string) error {
 }
 
 const (
+	// maxOpenSegments bounds the segments of a disk's log that are open in the
+	// system at once; those that are being written come on top.
+	maxOpenSegments = 2048
 	// watchInterval is how often a disk's folder is looked at.
 	watchInterval = 2 * time.Second
 	// A reserve is this part of the disk, within bounds (see vfs.Reserve).
