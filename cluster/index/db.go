@@ -102,7 +102,8 @@ func (db *DB) Replicas() []*Replica {
 
 // StartFlush returns a job that makes everything durable that was committed
 // before it: Replica.DurablyApplied rises and segments become idle when it is
-// finished. Its Run returns only once the store has flushed or failed.
+// finished. Its Run returns only once the store has flushed or failed. After an
+// error of kind NoSpace a later flush makes up for it.
 func (db *DB) StartFlush() *Job {
 	now := db.merged
 	db.merged = nil
@@ -114,6 +115,7 @@ func (db *DB) StartFlush() *Job {
 				m.replica.durable = max(m.replica.durable, m.applied)
 			}
 		},
+		failed: func() { db.merged = append(now, db.merged...) },
 	}
 }
 
@@ -149,7 +151,7 @@ type Job struct {
 func (j *Job) Run() { j.err = j.run() }
 
 // Finish takes the result over and returns Run's error, which is final for the
-// disk (L8).
+// disk (L8), but for one of kind NoSpace of a flush.
 func (j *Job) Finish() error {
 	switch {
 	case j.err == nil:

@@ -32,7 +32,7 @@ func (db *DB) load() error {
 		switch key[4] {
 		case kindFormat:
 			if len(value) != 4 || binary.LittleEndian.Uint32(value) != formatVersion {
-				return block.Errorf(block.Unsupported, "index: its format is %x, this build knows version %d", value, formatVersion)
+				return block.Errorf(block.Unsupported, "index: its format is %x, this build knows version %d: start the build of Firn that wrote it, or a newer one", value, formatVersion)
 			}
 		case kindCatalog:
 			k, ok := decodeCatalogKey(key)

@@ -5,7 +5,8 @@ package index
 // committed before the last successful Flush began, and of what came later any
 // prefix of batches. All methods may be called from any goroutine.
 //
-// An error of Commit or Flush is final (L8): the caller gives the disk up.
+// An error of Commit or Flush is final (L8): the caller gives the disk up. Only a
+// Flush of kind NoSpace is not.
 type Store interface {
 	// NewBatch returns an empty batch.
 	NewBatch() Batch
@@ -13,7 +14,8 @@ type Store interface {
 	// may wait for room. The batch must not be used afterwards.
 	Commit(Batch) error
 	// Flush returns once every batch whose Commit returned before the call is
-	// durable.
+	// durable. Kind NoSpace when the file system is full: what was committed stays
+	// visible, and a later Flush makes it durable.
 	Flush() error
 	// Snapshot pins what is visible now until its Close.
 	Snapshot() Snapshot

@@ -2,7 +2,9 @@ package node
 
 import (
 	"cmp"
+	"errors"
 	"io"
+	iofs "io/fs"
 	"path"
 	"slices"
 
@@ -10,6 +12,7 @@ import (
 	"firn.io/firn/cluster/raftgroup"
 	"firn.io/firn/cluster/seglog"
 	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/clock"
 	"firn.io/firn/internal/loop"
 	"firn.io/firn/internal/vfs"
 )
@@ -25,13 +28,17 @@ type disk struct {
 	id   block.DiskID
 	sb   seglog.Superblock
 
-	lock  io.Closer
-	store index.Store
-	index *index.DB
-	log   *seglog.Log
+	lock    io.Closer
+	reserve *vfs.Reserve
+	store   index.Store
+	index   *index.DB
+	log     *seglog.Log
 
 	// failed is why the disk takes part in nothing any more (L8).
 	failed error
+	// absent says that the disk may be well: an operator has to make it usable, and
+	// a later start may find it so. To the others it is one that is not there.
+	absent bool
 	// corrupt counts what failed its checksums since the node was opened.
 	corrupt uint64
 
@@ -40,71 +47,12 @@ type disk struct {
 	busy      bool  // a chain of jobs of the index runs
 	needFlush bool  // the reaper has changed the store since the last flush
 	needSpace bool  // the log asked for free segments
+	short     bool  // the file system had no room when it was last looked at
+	filling   bool  // the reserve is being filled
+	watching  bool  // the folder is being looked at
+	watched   clock.Instant
 	births    []birth
 	ticks     int // of upkeep, since the last checkpoint for want of space
-}
-
-// openDisk makes a disk ready: locked, formatted if it is new, its log and
-// index recovered. A disk that failed before, or does now, comes back with
-// failed set; an error is one that the operator has to resolve first.
-func openDisk(n *Node, cfg DiskConfig) (*disk, error) {
-	d := &disk{node: n, loop: n.cfg.DiskLoop(), cfg: cfg}
-	lock, err := vfs.Lock(n.cfg.FS, cfg.Dir)
-	if err != nil {
-		return nil, err
-	}
-	d.lock = lock
-	if err := d.identify(); err != nil {
-		return nil, cmp.Or(err, lock.Close())
-	}
-	if d.failed == nil {
-		if err := d.recover(); err != nil {
-			n.logf("disk %v in %s cannot be used: %v", d.id, cfg.Dir, err)
-			d.failed = err
-		}
-	}
-	return d, nil
-}
-
-// identify reads the superblock, or formats an empty folder.
-func (d *disk) identify() error {
-	n, fs, dir := d.node, d.node.cfg.FS, d.cfg.Dir
-	sb, err := seglog.Load(fs, dir)
-	if err != nil && block.KindOf(err) == block.NotFound {
-		if err := mustBeEmpty(fs, dir); err != nil {
-			return err
-		}
-		sb = seglog.Superblock{Cluster: n.cfg.Cluster, Disk: n.cfg.NewDiskID(), Node: n.cfg.ID, SegmentBytes: n.cfg.Pace.SegmentBytes, Created: n.cfg.Created}
-		err = seglog.Format(fs, dir, sb)
-	}
-	switch {
-	case err != nil:
-		return err
-	case sb.Cluster != n.cfg.Cluster:
-		return block.Errorf(block.Denied, "%s is a disk of cluster %v, this is cluster %v: give another folder, or the right metadata store", dir, sb.Cluster, n.cfg.Cluster)
-	case sb.Node != n.cfg.ID:
-		return block.Errorf(block.Denied, "%s is a disk of node %d, this is node %d", dir, sb.Node, n.cfg.ID)
-	}
-	d.sb, d.id = sb, sb.Disk
-	reason, failed, err := seglog.FailedReason(fs, dir, sb)
-	if failed {
-		d.failed = block.Errorf(block.Unavailable, "disk %v failed before: %s; replace it", d.id, reason)
-	}
-	return err
-}
-
-// mustBeEmpty refuses to format a folder that holds something else.
-func mustBeEmpty(fs vfs.FS, dir string) error {
-	names, err := fs.List(dir)
-	if err != nil {
-		return err
-	}
-	for _, name := range names {
-		if name != vfs.LockName && name != "lost+found" && !vfs.IsTemp(name) {
-			return block.Errorf(block.Denied, "%s is not empty and not a disk of Firn (it holds %q): give an empty folder", dir, name)
-		}
-	}
-	return nil
 }
 
 // recover opens index and log. What the log lost, or kept beyond what the index
@@ -120,12 +68,18 @@ func (d *disk) recover() error {
 	if err != nil {
 		return err
 	}
-	if d.store, err = n.cfg.OpenStore(dir); err != nil {
+	if d.reserve, err = d.openReserve(); err != nil {
+		return err
+	}
+	if d.store, err = n.cfg.OpenStore(dir, d.reserve); err != nil {
 		if d.store, err = d.remakeStore(dir, err); err != nil {
 			return err
 		}
 	}
 	if d.index, err = index.Open(d.store, index.Options{}); err != nil {
+		if block.KindOf(err) == block.Corrupt {
+			err = block.Wrap(block.Corrupt, err, "open the index in %s: it is damaged; replace the disk, and its replicas are filled from others", dir)
+		}
 		return err
 	}
 	if d.cfg.CapacityBytes == 0 {
@@ -133,7 +87,7 @@ func (d *disk) recover() error {
 			return err
 		}
 	}
-	d.log, err = seglog.Open(n.cfg.FS, d.cfg.Dir, d.sb, seglog.Options{
+	o := seglog.Options{
 		CapacityBytes: d.cfg.CapacityBytes,
 		Applied: func(key seglog.ReplicaKey) (seglog.EntryID, bool) {
 			state := d.index.Replica(key)
@@ -144,12 +98,18 @@ func (d *disk) recover() error {
 			return seglog.EntryID{Index: index, Term: term}, true
 		},
 		Live:     func(s seglog.SegmentID, _ uint64) bool { return d.index.LiveBlocks(s) > 0 },
+		Begun:    len(d.index.Replicas()) > 0,
 		Parallel: n.cfg.Parallel, Failed: d.fail,
 		Logf: n.cfg.Logf,
-	})
+	}
+	segments := vfs.NewPool(n.cfg.FS, maxOpenSegments)
+	if d.log, err = seglog.Open(segments, d.cfg.Dir, d.sb, o); err != nil && noSpace(err) && d.reserve.Release() {
+		d.log, err = seglog.Open(segments, d.cfg.Dir, d.sb, o)
+	}
 	if err != nil {
 		return err
 	}
+	_ = d.reserve.Fill() // or when there is room
 	damaged := make(map[seglog.ReplicaKey]string)
 	for _, dm := range d.log.Damaged() {
 		damaged[dm.Key] = dm.Reason
@@ -183,7 +143,7 @@ func (d *disk) remakeStore(dir string, why error) (index.Store, error) {
 	if err := fs.MkdirAll(dir); err != nil {
 		return nil, err
 	}
-	return d.node.cfg.OpenStore(dir)
+	return d.node.cfg.OpenStore(dir, d.reserve)
 }
 
 // What the log leaves free in a file system whose size it was not told: a full
@@ -206,7 +166,7 @@ func (d *disk) fillable() (int64, error) {
 		return 0, err
 	}
 	spare := min(spareBytes, sp.TotalBytes*sparePercent/100)
-	held += max(0, sp.FreeBytes-spare) / int64(max(1, d.cfg.Sharing))
+	held += max(0, sp.FreeBytes+d.reserve.Held()-spare) / int64(max(1, d.cfg.Sharing))
 	// What is there must stay readable even if others have taken the rest.
 	return max(held, min(sp.TotalBytes, seglog.MinBytes(d.sb))), nil
 }
@@ -328,8 +288,11 @@ func (d *disk) fail(err error) {
 	if d.failed != nil {
 		return
 	}
-	d.failed = err
 	n := d.node
+	if errors.Is(err, iofs.ErrNotExist) {
+		err = block.Wrap(block.Unavailable, err, "files of disk %v in %s are gone while it was in use: put another disk in its place, and start the node again", d.id, d.cfg.Dir)
+	}
+	d.failed = err
 	n.logf("disk %v in %s failed and is out: %v", d.id, d.cfg.Dir, err)
 	for _, rep := range d.held() {
 		n.installs.stop(rep)
@@ -369,14 +332,22 @@ func (d *disk) finishClose(err error, done func(error)) {
 
 // abandon lets go of all but the log, whose files end with the process. It blocks.
 func (d *disk) abandon() error {
-	var first error
+	err := d.closeIndex()
+	if d.lock != nil {
+		err = cmp.Or(err, d.lock.Close())
+	}
+	return err
+}
+
+func (d *disk) closeIndex() (err error) {
 	if d.index != nil {
-		first = cmp.Or(first, d.index.Close())
+		err = d.index.Close()
 	}
 	if d.store != nil {
-		first = cmp.Or(first, d.store.Close())
+		err = cmp.Or(err, d.store.Close())
 	}
-	return cmp.Or(first, d.lock.Close())
+	d.index, d.store = nil, nil
+	return err
 }
 
 // size is what Firn may use.
@@ -399,6 +370,9 @@ const (
 // than all; there, too, writes are refused before they would wait for segments
 // that never become free.
 func (d *disk) room() int64 {
+	if d.reserve.Short() {
+		return 0 // the index cannot take what the log would
+	}
 	sp := d.log.Space()
 	size := sp.TotalBytes
 	if sp.Refused { // what others have taken of the file system is not there

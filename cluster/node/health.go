@@ -46,6 +46,8 @@ func (d *disk) health() wire.DiskHealth {
 	h.RoomBytes, h.TakenBytes, h.LiveBytes, h.LogBytes = max(0, d.room()), max(0, d.taken()), sp.LiveBytes, sp.ClaimedBytes
 	_, full := d.node.space.fullFrom[d.id]
 	switch fill := h.Percent(); {
+	case d.reserve.Short():
+		h.State, h.Reason = wire.DiskFull, "full: others have filled its file system, and the index waits for room: writes are refused, reads go on. Make room in "+d.cfg.Dir
 	case full || fill >= refusePercent:
 		h.State, h.Reason = wire.DiskFull, fmt.Sprintf("%.0f %% full: writes are refused at %d %%", fill, refusePercent)
 	case d.log.Stalled():

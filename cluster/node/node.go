@@ -63,8 +63,9 @@ type Config struct {
 	Disks []DiskConfig
 
 	FS vfs.FS
-	// OpenStore opens the store of a disk's index in dir, which exists.
-	OpenStore func(dir string) (index.Store, error)
+	// OpenStore opens the store of a disk's index in dir, which exists. What the
+	// store writes while the file system is full waits by room.
+	OpenStore func(dir string, room *vfs.Reserve) (index.Store, error)
 	Network   transport.Network
 	Meta      meta.Store
 	Loop      loop.Loop
@@ -169,9 +170,9 @@ type Node struct {
 
 // Open recovers the disks: it formats empty ones, takes their locks, reads their
 // logs and opens their indexes. It blocks and does not use the Loop. A disk that
-// is marked failed, or fails now, is left out, with its reason in Status; Open
-// fails when a disk is in use by another process (kind Busy), belongs to another
-// cluster or node (Denied), or when no disk is usable.
+// is marked failed, fails now, is damaged, not there, of another node, cluster or
+// build is left out, with its reason in Status. Open fails when a disk is in use by
+// another process (kind Busy), or when no disk is usable (the kind of the first).
 func Open(ctx context.Context, cfg Config) (*Node, error) {
 	if cfg.Logf == nil {
 		cfg.Logf = func(string, ...any) {}
@@ -212,7 +213,7 @@ func Open(ctx context.Context, cfg Config) (*Node, error) {
 	}
 	if usable == 0 {
 		n.abandonDisks()
-		return nil, block.Wrap(block.Unavailable, first, "node %d: no usable disk", cfg.ID)
+		return nil, block.Wrap(block.KindOf(first), first, "node %d has no disk that it can use", cfg.ID)
 	}
 	n.ctx, n.cancel = context.WithCancel(ctx)
 	return n, nil

@@ -22,6 +22,7 @@ import (
 	"firn.io/firn/internal/loop"
 	"firn.io/firn/internal/payload"
 	"firn.io/firn/internal/vfs"
+	"firn.io/firn/internal/vfs/pebblefs"
 )
 
 // machine is one node on a loop of its own, over a real folder and Pebble.
@@ -34,8 +35,10 @@ type machine struct {
 	fs   vfs.FS
 	// sharing is DiskConfig.Sharing.
 	sharing int
-	node    *node.Node
-	cand    *coordinator.Coordinator
+	// second is the folder of another disk; optional.
+	second string
+	node   *node.Node
+	cand   *coordinator.Coordinator
 }
 
 // lab is three machines, a metadata server and a client.
@@ -62,33 +65,50 @@ func newLab(t *testing.T, nodes int) *lab {
 func newLabOf(t *testing.T, nodes int, capacity int64, age time.Duration) *lab {
 	t.Helper()
 	l := &lab{t: t, ctx: context.Background(), cluster: block.NewUUID(), meta: meta.NewMem(clock.System{}), fabric: inproc.NewFabric(nil), capacity: capacity, age: age}
+	l.add(nodes, func(*machine) {})
+	return l
+}
+
+// add starts nodes, after change.
+func (l *lab) add(nodes int, change func(*machine)) {
+	l.t.Helper()
 	for i := range nodes {
-		m := &machine{t: t, lab: l, id: block.NodeID(i + 1), dir: t.TempDir()}
+		m := &machine{t: l.t, lab: l, id: block.NodeID(i + 1), dir: l.t.TempDir()}
+		change(m)
 		l.nodes = append(l.nodes, m)
 		m.start()
 	}
-	t.Cleanup(func() {
+	l.t.Cleanup(func() {
 		for _, m := range l.nodes {
 			if m.loop != nil {
 				m.stop()
 			}
 		}
 	})
-	return l
 }
 
 func (m *machine) start() {
 	m.t.Helper()
+	if err := m.tryStart(); err != nil {
+		m.t.Fatal(err)
+	}
+}
+
+// tryStart starts the node, or returns why it does not start.
+func (m *machine) tryStart() error {
 	m.loop = loop.NewSystem(clock.System{}, loop.DefaultLimits)
 	addr := fmt.Sprintf("node%d", m.id)
 	if m.fs == nil {
 		m.fs = vfs.NewOS()
 	}
+	disks := []node.DiskConfig{{Dir: m.dir, CapacityBytes: m.lab.capacity, Sharing: m.sharing}}
+	if m.second != "" {
+		disks = append(disks, node.DiskConfig{Dir: m.second, CapacityBytes: m.lab.capacity})
+	}
 	n, err := node.Run(m.lab.ctx, m.loop, node.Config{
-		ID: m.id, Cluster: m.lab.cluster, Listen: addr, Boot: "boot", FS: m.fs,
-		Disks: []node.DiskConfig{{Dir: m.dir, CapacityBytes: m.lab.capacity, Sharing: m.sharing}},
-		OpenStore: func(dir string) (index.Store, error) {
-			return pebblestore.Open(dir, pebblestore.Options{CacheBytes: 1 << 20, MemTableBytes: 1 << 20})
+		ID: m.id, Cluster: m.lab.cluster, Listen: addr, Boot: "boot", FS: m.fs, Disks: disks,
+		OpenStore: func(dir string, room *vfs.Reserve) (index.Store, error) {
+			return pebblestore.Open(dir, pebblestore.Options{FS: pebblefs.New(m.fs, vfs.ClassIndex), Room: room, CacheBytes: 1 << 20, MemTableBytes: 1 << 20})
 		},
 		Network:     m.lab.fabric.Network(addr, m.loop, transport.Identity{Hello: transport.Hello{Cluster: m.lab.cluster, Node: m.id}}),
 		Meta:        m.lab.meta.Client(),
@@ -99,13 +119,16 @@ func (m *machine) start() {
 		Logf: func(format string, args ...any) { m.t.Logf(addr+": "+format, args...) },
 	})
 	if err != nil {
-		m.t.Fatal(err)
+		m.loop.Stop()
+		m.loop = nil
+		return err
 	}
 	m.node = n
 	m.loop.Call(func() {
 		m.cand = coordinator.New(coordinator.Config{Loop: m.loop, Store: m.lab.meta.Client(), Node: m.id, Deleter: nobody{}, AbsentAfter: m.lab.absentAfter})
 		m.cand.Start(m.lab.ctx)
 	})
+	return nil
 }
 
 // nobody deletes nothing: these tests delete no volumes.

@@ -41,6 +41,9 @@ func (r *registration) update() {
 	r.busy, r.redo = true, false
 	reg := meta.Registration{Node: meta.NodeMeta{ID: n.cfg.ID, Addr: n.addr, Zone: n.cfg.Zone}, Incarnation: n.cfg.Incarnation, Boot: n.cfg.Boot}
 	for _, d := range n.disks {
+		if d.absent {
+			continue // the store keeps what it knows of it, as of one that was not brought
+		}
 		reg.Node.Disks = append(reg.Node.Disks, meta.DiskMeta{ID: d.id, CapacityBytes: d.size(), Failed: d.failed != nil})
 	}
 	for id := range n.replicas {

@@ -42,7 +42,9 @@ func (n *Node) upkeep() {
 func (d *disk) upkeep(now clock.Instant) {
 	d.settle()
 	d.truncate(d.pressed() || d.crowded(), func(error) {})
-	if d.busy {
+	d.watch(now)
+	d.makeRoom()
+	if d.busy || d.reserve.Stuck() {
 		return
 	}
 	d.ticks++
@@ -157,8 +159,9 @@ func (d *disk) due(now clock.Instant) []*replica {
 }
 
 // checkpoint merges the replicas one after the other, flushes the store, and
-// truncates the logs up to what is durable then. done is called with the first
-// error, which has failed the disk.
+// truncates the logs up to what is durable then. In a full file system it goes on
+// until there is room. done is called with the first error, which has failed the
+// disk; or of kind NoSpace, if the node stops while there is no room.
 func (d *disk) checkpoint(reps []*replica, done func(error)) {
 	d.busy = true
 	finish := func(err error) {
@@ -169,17 +172,25 @@ func (d *disk) checkpoint(reps []*replica, done func(error)) {
 		}
 		done(err)
 	}
+	var flush func()
+	flush = func() {
+		d.needFlush = false
+		d.run(d.index.StartFlush(), func(err error) {
+			switch {
+			case err == nil:
+				d.node.counters.Flushes++
+				d.log.Poke()
+			case noSpace(err) && !d.node.stopping:
+				d.node.loop.After(d.node.cfg.Pace.Upkeep, flush)
+				return
+			}
+			finish(err)
+		})
+	}
 	var next func(i int)
 	next = func(i int) {
 		if i == len(reps) {
-			d.needFlush = false
-			d.run(d.index.StartFlush(), func(err error) {
-				if err == nil {
-					d.node.counters.Flushes++
-					d.log.Poke()
-				}
-				finish(err)
-			})
+			flush()
 			return
 		}
 		job := reps[i].state.StartCheckpoint()
@@ -200,16 +211,19 @@ func (d *disk) checkpoint(reps []*replica, done func(error)) {
 	next(0)
 }
 
-// run does a job of the index. An error is the disk's end (L8).
+// run does a job of the index. An error is the disk's end (L8), but for a flush
+// that waits for room.
 func (d *disk) run(job *index.Job, done func(error)) {
 	d.loop.Do(loop.Merge, job.Run, func() {
 		err := cmp.Or(d.failed, job.Finish())
-		if err != nil {
+		if err != nil && !noSpace(err) {
 			d.fail(err)
 		}
 		done(err)
 	})
 }
+
+func noSpace(err error) bool { return block.KindOf(err) == block.NoSpace }
 
 // truncate drops from each log what a flushed checkpoint holds and no follower
 // still needs (L7); under pressure also what a follower has needed for long.
@@ -255,7 +269,15 @@ func (n *Node) checkpointAll(done func(error)) {
 	for _, d := range n.disks {
 		if d.failed == nil {
 			waiting++
-			d.whenIdle(func() { d.checkpoint(d.held(), ended) })
+			d.whenIdle(func() {
+				d.checkpoint(d.held(), func(err error) {
+					if err != nil && noSpace(err) {
+						n.logf("disk %v in %s: its file system is full: what is in memory is read from the log at the next start", d.id, d.cfg.Dir)
+						err = nil
+					}
+					ended(err)
+				})
+			})
 		}
 	}
 	ended(nil)

@@ -1,6 +1,7 @@
 package seglog
 
 import (
+	"errors"
 	"path"
 
 	"firn.io/firn/internal/block"
@@ -47,7 +48,14 @@ func (l *Log) openFile(s *segment) error {
 	s.file, s.state = f, sealed
 	size, err := f.Size()
 	if err == nil && size < l.sb.SegmentBytes {
-		err = f.Allocate(0, l.sb.SegmentBytes) // its making was cut short
+		if unwritten(f, size) && !l.lives(s) { // its making was cut short, or found no room
+			s.file, s.state = nil, missing
+			if err := f.Close(); err != nil {
+				return err
+			}
+			return l.fs.Remove(segmentName(l.dir, s.id))
+		}
+		err = f.Allocate(0, l.sb.SegmentBytes)
 	}
 	if err == nil {
 		err = f.Sync()
@@ -84,9 +92,12 @@ func (r *recovery) findTable() error {
 			continue
 		}
 		b := &found[i]
+		if errors.Is(b.err, block.Unsupported) {
+			return b.err
+		}
 		if b.err != nil || b.kind != kindTable || b.generation != b.number {
 			s.state = free
-			if s.fresh = zeroHead(s.file); !s.fresh || r.lives(s) {
+			if s.fresh = zeroHead(s.file); !s.fresh || l.lives(s) {
 				odd = append(odd, s)
 			}
 			continue
@@ -114,12 +125,18 @@ func (r *recovery) findTable() error {
 }
 
 // lives tells whether the durable index may point into a segment.
-func (r *recovery) lives(s *segment) bool { return r.l.opt.Live == nil || r.l.opt.Live(s.id, 0) }
+func (l *Log) lives(s *segment) bool { return l.opt.Live == nil || l.opt.Live(s.id, 0) }
 
 // zeroHead tells whether a segment was never written. One that lost its head
 // to zeros has the rest of its table, or a batch, behind it.
-func zeroHead(f vfs.File) bool {
-	p := payload.New(2 * block.Size).Bytes()
+func zeroHead(f vfs.File) bool { return unwritten(f, headBytes) }
+
+// headBytes is what is looked at to tell whether a segment was ever written.
+const headBytes = 2 * block.Size
+
+// unwritten tells whether a file of so many bytes begins with zeros.
+func unwritten(f vfs.File, size int64) bool {
+	p := payload.New(headBytes).Bytes()[:min(size, headBytes)&^(block.Size-1)]
 	if readFull(f, p, 0) != nil {
 		return false
 	}
@@ -137,10 +154,16 @@ func zeroHead(f vfs.File) bool {
 // lets go of it.
 func (r *recovery) probe(odd []*segment) error {
 	for _, s := range odd {
-		h, newer := r.resync(s, 1, 0, r.table.number)
+		h, newer, err := r.resync(s, 1, 0, r.table.number)
+		if err != nil {
+			return err
+		}
 		if !newer {
 			var older bool
-			if h, older = r.resync(s, 1, 0, 0); !older {
+			if h, older, err = r.resync(s, 1, 0, 0); err != nil {
+				return err
+			}
+			if !older {
 				if r.l.opt.Live != nil && r.l.opt.Live(s.id, 0) {
 					r.l.logf("disk %v: segment %d holds data, and none of its headers can be read: it is kept", r.l.sb.Disk, s.id)
 					s.state, s.fresh, s.generation, s.last = sealed, false, 1, 1
@@ -149,7 +172,8 @@ func (r *recovery) probe(odd []*segment) error {
 			}
 		}
 		if r.table.number == 0 {
-			return block.Errorf(block.Corrupt, "segment %d holds batches, and no state table can be read", s.id)
+			return block.Errorf(block.Corrupt, "segment %d holds batches, and no segment begins with a state table that can be read: the heads have rotted. "+
+				"Replace the disk, and its replicas are filled from others; nothing on it was changed", s.id)
 		}
 		s.state, s.fresh, s.generation, s.last = sealed, false, h.generation, h.number
 		if newer {

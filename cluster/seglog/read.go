@@ -21,6 +21,9 @@ func (l *Log) readArea(f io.ReaderAt, id SegmentID, at uint32) (h header, area [
 		return h, nil, err
 	}
 	h, ok := decodeFixed(first)
+	if !ok && le.Uint32(first) == batchMagic && le.Uint16(first[4:]) != formatVersion {
+		return h, nil, l.otherFormat(f, id, at, first)
+	}
 	if !ok || h.cluster != l.sb.Cluster || h.disk != l.sb.Disk || h.segment != id || h.block != at || h.next() > l.segmentBlocks() {
 		return h, nil, errNoBatch
 	}
@@ -37,6 +40,30 @@ func (l *Log) readArea(f io.ReaderAt, id SegmentID, at uint32) (h header, area [
 		return h, nil, errNoBatch
 	}
 	return h, area, nil
+}
+
+// otherFormat is of kind Unsupported if another build of Firn wrote the header of
+// a batch there, in a format of its own: all formats have the magic, the version,
+// the identity of the place, the length and the CRC where format 1 has them.
+// Otherwise the version has rotted.
+func (l *Log) otherFormat(f io.ReaderAt, id SegmentID, at uint32, first []byte) error {
+	bytes := le.Uint32(first[72:])
+	h := header{segment: SegmentID(le.Uint32(first[40:])), block: le.Uint32(first[44:]), headerBytes: bytes}
+	copy(h.cluster[:], first[8:24])
+	copy(h.disk[:], first[24:40])
+	if h.cluster != l.sb.Cluster || h.disk != l.sb.Disk || h.segment != id || h.block != at ||
+		bytes < fixedBytes || bytes > maxHeaderBytes || h.next() > l.segmentBlocks() {
+		return errNoBatch
+	}
+	area := payload.New(int(h.headerBlocks()) * block.Size).Bytes()
+	if err := readFull(f, area, int64(at)*block.Size); err != nil {
+		return err
+	}
+	if !checkArea(area[:bytes]) {
+		return errNoBatch
+	}
+	return block.Errorf(block.Unsupported, "block %d of segment %d has format %d of the log, this build knows %d: "+
+		"start the build of Firn that wrote it, or a newer one; nothing on the disk was changed", at, id, le.Uint16(first[4:]), formatVersion)
 }
 
 // readBatch reads and decodes the batch at a block.

@@ -1,7 +1,10 @@
 package seglog
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
+	"path"
 	"slices"
 	"sort"
 
@@ -39,6 +42,7 @@ type recovery struct {
 	durable uint64 // the highest number that any header says was synced
 	last    header // of the newest valid batch
 	rots    []rot
+	foreign error // a batch of another format was found: nothing may be written
 	// keptBytes is what Log.kept holds.
 	keptBytes int
 	scans     []*scan
@@ -121,6 +125,11 @@ func (r *recovery) run() error {
 			return err
 		}
 	}
+	if r.table.number == 0 && r.l.opt.Begun {
+		return block.Errorf(block.Corrupt, "the index of this disk holds replicas, and no segment in %s begins with a state table that can be read: "+
+			"the log was removed, or has rotted. If it was moved away, put it back; otherwise replace the disk, and its replicas are filled from others. Nothing on it was changed",
+			path.Join(r.l.dir, logFolder))
+	}
 	r.judge()
 	r.settle()
 	return nil
@@ -136,8 +145,9 @@ func (r *recovery) void(number uint64) bool {
 }
 
 // resync looks for the next valid header from a block on: of a generation (0:
-// any) and with a number above after.
-func (r *recovery) resync(s *segment, from uint32, generation, after uint64) (header, bool) {
+// any) and with a number above after. Kind Unsupported when one is of another
+// format.
+func (r *recovery) resync(s *segment, from uint32, generation, after uint64) (header, bool, error) {
 	const piece = 256
 	l := r.l
 	buf := payload.New(piece * block.Size)
@@ -157,15 +167,18 @@ func (r *recovery) resync(s *segment, from uint32, generation, after uint64) (he
 				continue
 			}
 			h, area, err := l.readArea(s.file, s.id, at+i)
+			if errors.Is(err, block.Unsupported) {
+				return header{}, false, err
+			}
 			if err != nil || generation != 0 && h.generation != generation || h.number <= after || r.void(h.number) {
 				continue
 			}
 			if _, ok := decodeRecords(&h, area); ok {
-				return h, true
+				return h, true, nil
 			}
 		}
 	}
-	return header{}, false
+	return header{}, false, nil
 }
 
 // begin sets the state of the newest table.
@@ -196,7 +209,10 @@ func (r *recovery) scanAll() error {
 		}
 		stream := h.stream
 		if !ok || h.generation < u.generation {
-			found, yes := r.resync(s, 1, u.generation, 0)
+			found, yes, err := r.resync(s, 1, u.generation, 0)
+			if err != nil {
+				return err
+			}
 			if !yes {
 				continue // its head was torn as it was opened anew
 			}
@@ -212,6 +228,9 @@ func (r *recovery) scanAll() error {
 	scans := append(first, later...)
 	inOrder(r.l.opt.Parallel, len(scans), func(i int) chain { return r.l.readChain(scans[i].seg.file, scans[i].seg.id) },
 		func(i int, ahead chain) { r.scan(scans[i], ahead) })
+	if r.foreign != nil {
+		return r.foreign
+	}
 	r.release()
 	return nil
 }
@@ -229,8 +248,12 @@ func (r *recovery) scan(sc *scan, ahead chain) {
 	for !sc.sealed && sc.end < l.segmentBlocks() {
 		b, err := l.batchAt(s, sc.end, ahead)
 		if err != nil || b.generation != s.generation || b.number <= sc.number() || r.void(b.number) {
-			h, found := r.resync(s, sc.end+1, s.generation, sc.number())
-			if !found {
+			h, found, foreign := r.resync(s, sc.end+1, s.generation, sc.number())
+			if errors.Is(err, block.Unsupported) {
+				foreign = err
+			}
+			r.foreign = cmp.Or(r.foreign, foreign)
+			if !found || foreign != nil {
 				break
 			}
 			if sc.end > 0 { // a head carries only a state table

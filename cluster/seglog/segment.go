@@ -105,6 +105,9 @@ func (l *Log) makeFile(id SegmentID) (vfs.File, error) {
 	}
 	if err != nil {
 		f.Close()
+		if block.KindOf(err) == block.NoSpace {
+			_ = l.fs.Remove(segmentName(l.dir, id)) // or at the next start
+		}
 		return nil, err
 	}
 	return f, nil

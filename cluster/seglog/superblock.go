@@ -54,14 +54,14 @@ func decodeSuperblock(p []byte) (sb Superblock, err error) {
 	line, crc, ok := bytes.Cut(p, []byte("\n"))
 	want, perr := strconv.ParseUint(string(bytes.TrimSuffix(crc, []byte("\n"))), 16, 32)
 	if !ok || perr != nil || block.CRC(p[:len(line)+1]) != uint32(want) {
-		return sb, block.Errorf(block.Corrupt, "the superblock fails its checksum")
+		return sb, block.Errorf(block.Corrupt, "disk.json fails its checksum: put it back from a copy, or replace the disk, and its replicas are filled from others; nothing on it was changed")
 	}
 	var f superblockFile
 	if err := json.Unmarshal(line, &f); err != nil {
 		return sb, block.Wrap(block.Corrupt, err, "the superblock cannot be read")
 	}
 	if f.Format != formatVersion {
-		return sb, block.Errorf(block.Unsupported, "the disk has format %d, this build knows %d", f.Format, formatVersion)
+		return sb, block.Errorf(block.Unsupported, "the disk has format %d, this build knows %d: start the build of Firn that wrote it, or a newer one; nothing on it was changed", f.Format, formatVersion)
 	}
 	cluster, err := block.ParseUUID(f.Cluster)
 	if err != nil {
@@ -152,4 +152,27 @@ func FailedReason(fs vfs.FS, dir string, sb Superblock) (reason string, failed b
 		}
 	}
 	return "", false, nil
+}
+
+// rememberedBeside is a note next to a disk's folder that says which disk is there:
+// when the folder is gone, that it was one.
+func rememberedBeside(dir string) string { return path.Clean(dir) + ".disk" }
+
+// Remember notes beside a disk's folder which disk is in it.
+func Remember(fs vfs.FS, dir string, sb Superblock) error {
+	if id, ok := Remembered(fs, dir); ok && id == sb.Disk.String() {
+		return nil
+	}
+	return vfs.WriteFileAtomic(fs, rememberedBeside(dir), []byte(sb.Disk.String()+"\n"))
+}
+
+// Remembered returns the disk that was in a folder when it was last in use.
+func Remembered(fs vfs.FS, dir string) (disk string, ok bool) {
+	p, err := vfs.ReadFile(fs, rememberedBeside(dir), maxSuperblockBytes)
+	if err != nil {
+		return "", false
+	}
+	id, _, _ := bytes.Cut(p, []byte("\n"))
+	_, err = block.ParseUUID(string(id))
+	return string(id), err == nil
 }

@@ -87,8 +87,8 @@ func openStorage(ctx context.Context, cfg storageConfig, parts *stack) (*storage
 	life := context.WithoutCancel(ctx)
 	config := node.Config{
 		ID: cfg.id, Cluster: cfg.cluster, Listen: cfg.listen, Advertise: cfg.advertise, Zone: cfg.zone, Boot: boot, Disks: cfg.disks,
-		FS: fs, OpenStore: func(dir string) (index.Store, error) {
-			return pebblestore.Open(dir, pebblestore.Options{FS: pebblefs.New(fs, vfs.ClassIndex), Log: slog.Default()})
+		FS: fs, OpenStore: func(dir string, room *vfs.Reserve) (index.Store, error) {
+			return pebblestore.Open(dir, pebblestore.Options{FS: pebblefs.New(fs, vfs.ClassIndex), Room: room, Log: slog.Default()})
 		},
 		Network: network, Meta: cfg.store, Loop: l, DiskLoop: func() loop.Loop { return l.Lane(loop.DefaultLimits) }, Incarnation: session, Created: time.Now().UTC().Format(time.RFC3339),
 		Parallel:  recoveryReaders,

@@ -149,7 +149,7 @@ func (s *OS) SyncDir(dir string) error {
 	err = d.Sync()
 	d.Close()
 	if err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: the file system has nothing to sync
-		return fail(err, "sync folder", dir)
+		return syncError(err, dir)
 	}
 	return nil
 }
@@ -293,7 +293,7 @@ func (f *osFile) Sync() error {
 			continue
 		}
 		if err != nil {
-			return fail(err, "sync", f.Name())
+			return syncError(err, f.Name())
 		}
 		return nil
 	}

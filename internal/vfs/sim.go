@@ -487,7 +487,7 @@ func (s *Sim) SyncDir(dir string) error {
 	defer s.mu.Unlock()
 	s.counters[ClassOther].syncs.Add(1)
 	if err := s.ask(Call{Op: OpSyncDir, Name: dir}); err != nil {
-		return err
+		return syncError(err, dir)
 	}
 	n, err := s.find(dir)
 	if err != nil {

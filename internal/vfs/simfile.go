@@ -409,7 +409,7 @@ func (f *simFile) Sync() error {
 		if f.s.dead == nil {
 			f.n.file.failSync()
 		}
-		return err
+		return syncError(err, f.name)
 	}
 	f.n.file.sync(f.s.readRule != nil)
 	return nil

@@ -6,6 +6,8 @@
 package vfs
 
 import (
+	"errors"
+	"fmt"
 	"io"
 	"path"
 	"strings"
@@ -55,6 +57,18 @@ const (
 	// the file is opened without; Direct() tells.
 	Direct
 )
+
+// ErrSync is in the chain of every error of Sync and SyncDir, which are of kind
+// Internal whatever their cause is, a full file system included: what was
+// written before is lost or not, and nobody knows (L8).
+var ErrSync = errors.New("what was written may be lost")
+
+func syncError(err error, name string) error {
+	if IsNoSpace(err) {
+		err = errors.New(err.Error()) // nobody may take it for a write that can be tried again
+	}
+	return block.Wrap(block.Internal, fmt.Errorf("%w: %w", ErrSync, err), "sync %s", name)
+}
 
 // File is an open file. Its methods may be called by many goroutines at once;
 // overlapping writes at once have no defined order. Errors carry a kind:

@@ -14,6 +14,8 @@ import (
 
 func TestOS(t *testing.T) { vfstest.Run(t, vfs.NewOS(), t.TempDir()) }
 
+func TestPoolOfNone(t *testing.T) { vfstest.Run(t, vfs.NewPool(vfs.NewOS(), 0), t.TempDir()) }
+
 func TestSim(t *testing.T) {
 	fs := vfs.NewSim(0)
 	if err := fs.MkdirAll("/disk"); err != nil {

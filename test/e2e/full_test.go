@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -136,4 +138,91 @@ func TestFullDisks(t *testing.T) {
 			t.Fatalf("MiB %d: %v", i, err)
 		}
 	}
+}
+
+// hog takes all that is free in a file system, to the last byte.
+func hog(t testing.TB, name string) {
+	t.Helper()
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for piece := make([]byte, 1<<20); len(piece) > 0; {
+		if _, err := f.Write(piece); errors.Is(err, syscall.ENOSPC) {
+			piece = piece[:len(piece)/2]
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestFileSystemFilledByOthers: somebody else fills the file system of one node's
+// disk to the last byte. Writes end in ENOSPC, reads go on; the node, killed, starts
+// in the full file system and serves what it has; and once the file is gone, writes
+// go on by themselves.
+func TestFileSystemFilledByOthers(t *testing.T) {
+	ctx := t.Context()
+	c := &cluster{t: t, dir: t.TempDir()}
+	c.etcd, c.etcdURL = startEtcd(t, filepath.Join(c.dir, "etcd"))
+	mount := smallFileSystem(t, filepath.Join(c.dir, "small"), 1<<30)
+	disks := [3]string{filepath.Join(mount, "disk"), filepath.Join(c.dir, "disk2"), filepath.Join(c.dir, "disk3")}
+	for i := range c.nodes {
+		c.args[i] = []string{"node", "--json", "--id", fmt.Sprint(i + 1), "--disk", disks[i] + "=1G", "--etcd", c.etcdURL, "--listen", freeAddr(t), "--http", freeAddr(t)}
+		c.startNode(i)
+	}
+	c.gateway = serve(t, []string{"gateway", "--json", "--id", "gw1", "--data", filepath.Join(c.dir, "gw1"), "--etcd", c.etcdURL,
+		"--nbd", freeAddr(t), "--api", freeAddr(t), "--http", freeAddr(t)})
+	c.gateway.firn("volume", "create", "v", "4G")
+	m := mib{stamp.NewHistory([16]byte{}), roam(t, "v", c.gateway.NBD)}
+
+	written := int64(0)
+	for ; written < 64; written++ {
+		if err := m.write(ctx, written); err != nil {
+			t.Fatal(err)
+		}
+	}
+	other := filepath.Join(mount, "somebody-else")
+	hog(t, other)
+	for ; ; written++ {
+		if err := m.write(ctx, written); errors.Is(err, wire.ENOSPC) {
+			break
+		} else if err != nil || written == 1<<10 {
+			t.Fatalf("write of MiB %d: %v", written, err)
+		}
+		hog(t, other) // and whatever becomes free
+	}
+	if s := c.gateway.firn("status"); !strings.Contains(s, "file system") {
+		t.Errorf("status says nothing of the file system:\n%s", s)
+	}
+	check := func(when string) {
+		t.Helper()
+		for i := range written {
+			if err := m.check(ctx, i); err != nil {
+				t.Fatalf("%s: MiB %d: %v", when, i, err)
+			}
+		}
+	}
+	check("in a full file system")
+	c.nodes[0].kill()
+	hog(t, other)
+	begin := time.Now()
+	c.startNode(0)
+	c.awaitCaughtUp(0)
+	measured(t, "%d MiB written until ENOSPC; start in a full file system: %.1f s", written, time.Since(begin).Seconds())
+	c.nodes[1].kill()
+	check("after a start in a full file system, without another node")
+	c.startNode(1)
+	if err := os.Remove(other); err != nil {
+		t.Fatal(err)
+	}
+	awaitTrue(t, "room", func() bool {
+		err := m.write(ctx, written)
+		if err != nil && !errors.Is(err, wire.ENOSPC) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+	written++
+	check("after all")
 }

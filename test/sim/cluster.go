@@ -191,7 +191,7 @@ func (s *storage) up() error {
 	cfg := node.Config{
 		ID: s.id, Cluster: c.id, Listen: me, Boot: me, FS: s.fs, Meta: c.Meta.Client(), Loop: s.loop, Incarnation: incarnation,
 		Disks:     []node.DiskConfig{{Dir: diskDir, CapacityBytes: c.diskBytes}},
-		OpenStore: func(string) (index.Store, error) { return s.openStore() },
+		OpenStore: func(string, *vfs.Reserve) (index.Store, error) { return s.openStore() },
 		Network: c.Net.Network(me, s.loop, transport.Identity{Hello: transport.Hello{
 			Cluster: c.id, Node: s.id, Session: incarnation}}),
 		NewDiskID: func() block.DiskID { return c.uuid() },

@@ -6,20 +6,29 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
+	iofs "io/fs"
 	"log/slog"
+	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"firn.io/firn/cluster/index"
 	"firn.io/firn/internal/block"
+	firnvfs "firn.io/firn/internal/vfs"
 )
 
 // Options configure a store. Sizes are bytes.
 type Options struct {
 	// FS is where the files are. Nil is the operating system's file system.
 	FS vfs.FS
+	// Room is asked when the file system is full: what is written then waits. Nil:
+	// a full file system is the end of the store.
+	Room *firnvfs.Reserve
 	// CacheBytes bounds the cache of decoded blocks; 0 takes DefaultCacheBytes.
 	CacheBytes int64
 	// MemTableBytes is how much is gathered between flushes; 0 takes
@@ -52,23 +61,108 @@ type Store struct {
 	once  sync.Once
 	err   error
 	broke chan struct{} // closed once err is set
+
+	flush    sync.Mutex      // one Flush at a time
+	flushing <-chan struct{} // of Pebble's flush that the last one did not wait for
+
+	// Of guard. A goroutine that is parked never goes on.
+	room      *firnvfs.Reserve
+	lock      io.Closer
+	serving   atomic.Bool // Open has returned
+	abandoned atomic.Bool // Close has returned without Pebble's
+	parking   sync.Once
+	parked    chan struct{} // closed once a goroutine of Pebble's is parked
 }
 
 // Open opens or creates the store in dir. Kinds Busy when another process has
-// it, Corrupt, Internal.
+// it, NoSpace, Corrupt, Unsupported (written by another build), Internal. What is
+// corrupt is not written to, but for notes of Pebble's own.
 func Open(dir string, o Options) (*Store, error) {
-	s := &Store{failed: o.Failed, broke: make(chan struct{})}
-	db, err := pebble.Open(dir, s.options(o))
-	if err != nil {
-		kind := block.Internal
-		if errors.Is(err, pebble.ErrCorruption) {
-			kind = block.Corrupt
-		}
-		return nil, block.Wrap(kind, err, "open the index in %s", dir)
+	s := &Store{failed: o.Failed, broke: make(chan struct{}), room: o.Room, parked: make(chan struct{})}
+	p := s.options(o)
+	err := check(dir, p.FS)
+	if err == nil {
+		s.db, err = open(dir, p)
 	}
-	s.db = db
+	if err != nil {
+		return nil, openError(dir, err)
+	}
+	s.serving.Store(true)
+	if s.room != nil {
+		s.room.Serve()
+	}
 	return s, nil
 }
+
+// open opens the database. What Pebble takes for the end of the process, a manifest
+// that cannot be written, is an error.
+func open(dir string, o *pebble.Options) (db *pebble.DB, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			f, ok := r.(fatal)
+			if !ok {
+				panic(r)
+			}
+			err = f.err
+		}
+	}()
+	return pebble.Open(dir, o)
+}
+
+// check refuses what Pebble would take for an empty folder: one with tables and
+// without the name of the manifest that they belong to.
+func check(dir string, fs vfs.FS) error {
+	desc, err := pebble.Peek(dir, fs)
+	if errors.Is(err, iofs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return block.Wrap(block.Unsupported, err, "which format it has is not known here")
+	}
+	names, err := fs.List(dir)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if !desc.Exists && strings.HasSuffix(name, ".sst") {
+			return block.Errorf(block.Corrupt, "the name of its manifest (%s/marker.manifest.*) is gone, and tables such as %s are there", dir, name)
+		}
+	}
+	return nil
+}
+
+// openError says what to do.
+func openError(dir string, err error) error {
+	switch {
+	case firnvfs.IsNoSpace(err):
+		return block.Wrap(block.NoSpace, err, "open the index in %s: make room in its file system, and start again", dir)
+	case errors.Is(err, block.Unsupported):
+		return block.Wrap(block.Unsupported, firstLine{err}, "open the index in %s: start the build of Firn that wrote it, or a newer one", dir)
+	case isCorrupt(err):
+		return block.Wrap(block.Corrupt, firstLine{err}, "open the index in %s: it is damaged; replace the disk, and its replicas are filled from others", dir)
+	}
+	return block.Wrap(block.KindOf(err), err, "open the index in %s", dir)
+}
+
+// isCorrupt tells whether Pebble refused what it found, or lacked a file: its own
+// errors have no kind and no number of the system's.
+func isCorrupt(err error) bool {
+	var number syscall.Errno
+	var kind *block.Error
+	return pebble.IsCorruptionError(err) || errors.Is(err, block.Corrupt) || errors.Is(err, iofs.ErrNotExist) ||
+		!errors.As(err, &number) && !errors.As(err, &kind)
+}
+
+// firstLine is an error without the details that Pebble adds for its developers.
+type firstLine struct{ err error }
+
+func (f firstLine) Error() string {
+	line, _, _ := strings.Cut(f.err.Error(), "\n")
+	return line
+}
+
+// Unwrap returns the whole.
+func (f firstLine) Unwrap() error { return f.err }
 
 func (s *Store) options(o Options) *pebble.Options {
 	if o.CacheBytes == 0 {
@@ -80,8 +174,11 @@ func (s *Store) options(o Options) *pebble.Options {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
+	if o.FS == nil {
+		o.FS = vfs.Default
+	}
 	p := &pebble.Options{
-		FS:                          o.FS,
+		FS:                          guard{o.FS, s},
 		DisableWAL:                  true,
 		CacheSize:                   o.CacheBytes,
 		MemTableSize:                o.MemTableBytes,
@@ -104,10 +201,18 @@ func (s *Store) options(o Options) *pebble.Options {
 	return p
 }
 
-// fail notes the first error of background work.
+// fail notes the first error of background work. That a start found no room is
+// none: what it left undone is tried again.
 func (s *Store) fail(err error) {
+	if firnvfs.IsNoSpace(err) && s.room != nil {
+		return
+	}
+	kind := block.Internal
+	if pebble.IsCorruptionError(err) {
+		kind = block.Corrupt
+	}
 	s.once.Do(func() {
-		s.err = block.Wrap(block.Internal, err, "index: background write")
+		s.err = block.Wrap(kind, firstLine{err}, "index: background work")
 		close(s.broke)
 		if s.failed != nil {
 			s.failed(s.err)
@@ -134,19 +239,40 @@ func (s *Store) Commit(b index.Batch) error {
 }
 
 // Flush writes the memtables out. Pebble tries a flush that failed again for
-// ever; it counts as failed here at the first error.
+// ever; it counts as failed here at the first error. Kind NoSpace when it waits
+// for room: it goes on by itself, and a later Flush tells how it ended.
 func (s *Store) Flush() error {
+	s.flush.Lock()
+	defer s.flush.Unlock()
 	select {
 	case <-s.broke:
 		return s.err
 	default:
 	}
+	// One that waits is not followed by another: each takes a memtable, of which
+	// Pebble holds a few before it stops.
+	if s.flushing != nil {
+		if err := s.await(s.flushing); err != nil {
+			return err
+		}
+	}
 	done, err := s.db.AsyncFlush()
 	if err != nil {
 		return block.Wrap(block.Internal, err, "index: flush")
 	}
+	return s.await(done)
+}
+
+// await waits for a flush of Pebble's, unless that waits for room.
+func (s *Store) await(done <-chan struct{}) error {
+	s.flushing = done
+	var waits <-chan struct{}
+	if s.room != nil {
+		waits = s.room.Waits()
+	}
 	select {
 	case <-done:
+		s.flushing = nil
 		// An error of another flush, or of a compaction, may have come first.
 		select {
 		case <-s.broke:
@@ -154,6 +280,8 @@ func (s *Store) Flush() error {
 		default:
 			return nil
 		}
+	case <-waits:
+		return block.Errorf(block.NoSpace, "index: the flush waits for room in the file system")
 	case <-s.broke:
 		return s.err
 	}
@@ -162,9 +290,33 @@ func (s *Store) Flush() error {
 // Snapshot pins what is visible.
 func (s *Store) Snapshot() index.Snapshot { return &snapshot{s.db.NewSnapshot()} }
 
-// Close closes the database without flushing.
+// Close closes the database without flushing. One that has failed, or that waits for
+// room, is left as a crash leaves it, up to the end of the process.
 func (s *Store) Close() error {
-	if err := s.db.Close(); err != nil {
+	if s.room != nil {
+		s.room.End()
+	}
+	select {
+	case <-s.parked:
+		return s.abandon()
+	default:
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- s.db.Close() }()
+	select {
+	case err := <-closed:
+		if err != nil {
+			return block.Wrap(block.Internal, err, "index: close")
+		}
+		return nil
+	case <-s.parked:
+		return s.abandon()
+	}
+}
+
+func (s *Store) abandon() error {
+	s.abandoned.Store(true)
+	if err := s.lock.Close(); err != nil {
 		return block.Wrap(block.Internal, err, "index: close")
 	}
 	return nil
@@ -274,10 +426,10 @@ func (it *iterator) Close() error {
 
 func readError(err error) error {
 	kind := block.Internal
-	if errors.Is(err, pebble.ErrCorruption) {
+	if pebble.IsCorruptionError(err) {
 		kind = block.Corrupt
 	}
-	return block.Wrap(kind, err, "index: read")
+	return block.Wrap(kind, firstLine{err}, "index: read")
 }
 
 // logger passes Pebble's messages on.
@@ -293,7 +445,17 @@ func (l logger) Errorf(format string, args ...any) {
 	l.l.Error("pebble", "text", fmt.Sprintf(format, args...))
 }
 
+// fatal is what Fatalf panics with.
+type fatal struct{ err error }
+
 // Fatalf is called for errors that Pebble does not survive; it must not return.
+// guard lets none through but while the store opens.
 func (l logger) Fatalf(format string, args ...any) {
-	panic("pebble: " + fmt.Sprintf(format, args...))
+	f := fatal{fmt.Errorf("pebble: "+format, args...)}
+	for _, a := range args {
+		if err, ok := a.(error); ok {
+			f.err = err
+		}
+	}
+	panic(f)
 }
