@@ -466,6 +466,9 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 		return ErrServerClosed
 	}
 	err := s.serve()
+	if err != nil && s.out.reason() == errMoved {
+		err = errMoved
+	}
 	drained := c.in.wasInterrupted() && errors.Is(err, os.ErrDeadlineExceeded)
 	if err != nil && !drained {
 		// Nobody waits for what is in flight.
@@ -477,6 +480,8 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 	switch {
 	case drained:
 		return s.target.flush(ctx)
+	case err == errMoved:
+		c.s.countFailure(&c.s.stats.Moved)
 	case err == io.EOF:
 		return fmt.Errorf("client closed the connection: %w", io.ErrUnexpectedEOF)
 	case errors.Is(err, wire.ErrMalformed), errors.Is(err, os.ErrDeadlineExceeded):
