@@ -123,8 +123,8 @@ func TestSessionOrder(t *testing.T) {
 	for s.Stats().Connections != 2 {
 		runtime.Gosched()
 	}
-	n, err := s.Disconnect(t.Context(), func(c nbd.Client, export string) bool {
-		return export == "vol" && c.Session == a2
+	n, err := s.Disconnect(t.Context(), func(c nbd.Client, export nbd.Info) bool {
+		return export.Name == "vol" && export.ID != "" && c.Session == a2
 	})
 	if n != 1 || err != nil {
 		t.Errorf("disconnected %d, %v", n, err)

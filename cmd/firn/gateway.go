@@ -110,6 +110,7 @@ type served struct {
 	catalog *catalog
 	gateway *gateway.Gateway
 	nbd     *nbd.Server
+	targets *volumeTargets // nil without iSCSI
 	yielded yielded
 	// creds are for the API, in both directions.
 	creds credentials.TransportCredentials
