@@ -165,7 +165,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 		}
 	}()
 	parts.push("NBD server", func(ctx context.Context) error {
-		err := server.Shutdown(ctx)
+		err := stopClients(ctx, "NBD", server.Shutdown)
 		<-serving
 		return err
 	})

@@ -67,7 +67,7 @@ func (s *served) serveISCSI(front iscsiFront, parts *stack, failed func(error)) 
 		}
 	}()
 	parts.push("iSCSI server", func(ctx context.Context) error {
-		err := server.Shutdown(ctx)
+		err := stopClients(ctx, "iSCSI", server.Shutdown)
 		<-serving
 		return err
 	})

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -149,6 +150,39 @@ func TestRenamedVolume(t *testing.T) {
 	}
 	if _, err := enterAs(t, s.NBD, "00000000-0000-4000-8000-000000000000", 3); err == nil {
 		t.Error("a volume that is not there was entered by its UUID")
+	}
+}
+
+// TestStopWithAClientThatReadsNothing: a gateway gives its volumes back and ends
+// well whatever a client does.
+func TestStopWithAClientThatReadsNothing(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t)
+	other := serve(t, []string{"gateway", "--json", "--id", "gw2", "--data", filepath.Join(c.dir, "gw2"), "--etcd", c.etcdURL,
+		"--nbd", freeAddr(t), "--api", freeAddr(t), "--http", freeAddr(t)})
+	c.gateway.firn("volume", "create", "v", "64M")
+	ctx, cancel := context.WithTimeout(t.Context(), enterTime)
+	defer cancel()
+	nc, _, err := client.Enter(ctx, c.gateway.NBD, client.Options{Export: "v"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	var requests []byte
+	for i := range uint64(64) {
+		requests = wire.AppendRequest(requests, wire.SimpleReplies, wire.Request{Command: wire.CmdRead, Cookie: i, Length: 32 << 20})
+	}
+	if _, err := nc.Write(requests); err != nil {
+		t.Fatal(err)
+	}
+	awaitTrue(t, "the requests to be in flight", func() bool { return metric(t, c.gateway, "firn_nbd_in_flight_bytes") > 32<<20 })
+	begin := time.Now()
+	if err := c.gateway.stop(); err != nil {
+		t.Errorf("stop: %v\n%s", err, c.gateway.stderr)
+	}
+	measured(t, "the gateway stopped in %.2f s", time.Since(begin).Seconds())
+	if out := other.firn("volume", "show", "v", "--json"); !strings.Contains(out, `"attached_to": ""`) {
+		t.Errorf("the volume was not given back:\n%s", out)
 	}
 }
 
