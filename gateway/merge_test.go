@@ -117,7 +117,7 @@ func TestMergedTrimFailsInParts(t *testing.T) {
 	first := w.m.held[0]
 	w.m.held = w.m.held[1:]
 	first()
-	w.until("the merged trims to wait", func() bool { return len(w.v.marks.waiting) == 1 && len(w.v.merger.queue) == 0 })
+	w.until("the merged trims to wait", func() bool { return w.v.marks.waiting == 1 && len(w.v.merger.queue) == 0 })
 	w.m.geom.SizeBytes = size / 2
 	w.m.changed()
 	w.m.releaseHeld()
