@@ -46,6 +46,9 @@ func TestNeighbouringTrimsMerge(t *testing.T) {
 	if marks := w.m.calls["mark"]; marks > requests/24 {
 		t.Errorf("%d requests became %d marks", requests, marks)
 	}
+	if st := w.v.Stats(); st.Joins == 0 || st.Joined < 2*st.Joins || st.Joined > uint64(requests) {
+		t.Errorf("of %d requests %d were joined into %d", requests, st.Joined, st.Joins)
+	}
 	for _, off := range at {
 		p := make([]byte, len(data))
 		if err := w.m.dev.ReadAt(t.Context(), p, off); err != nil || !allZero(p) {

@@ -149,6 +149,17 @@ func TestHTTP(t *testing.T) {
 			t.Errorf("%s: %d, %.2000s", path, code, body)
 		}
 	}
+	libnbd(t, s.uri("v"), "h.pwrite(b'y'*100, 5000); h.trim(1<<20, 1<<20)")
+	_, body := httpGet("http://" + s.HTTP + "/metrics")
+	for _, want := range []string{
+		`firn_volume_zeroed_bytes_total{volume="v"} 1.048576e+06`, `firn_volume_edge_reads_total{volume="v"} 1`, `firn_volume_waited_total{volume="v"} 0`,
+		`firn_volume_abandoned_total{volume="v"} 0`, `firn_volume_joined_zeroes_total{volume="v",what="requests"} 0`, `firn_volume_joined_zeroes_total{volume="v",what="joins"} 0`,
+		`firn_nbd_bad_connections_total{reason="moved"} 0`,
+	} {
+		if !strings.Contains(body, want+"\n") {
+			t.Errorf("/metrics has no line %s", want)
+		}
+	}
 	if code, _ := httpGet("http://" + s.HTTP + "/nothing"); code != 404 {
 		t.Errorf("unknown page: %d", code)
 	}
