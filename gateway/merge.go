@@ -103,6 +103,8 @@ func (m *merger) start(run []*change, end int64) {
 	m.left++
 	c := run[0]
 	if len(run) > 1 {
+		m.v.stats.joined.Add(uint64(len(run)))
+		m.v.stats.joins.Add(1)
 		c = &change{}
 		c.init(run[0].v)
 		// Those who gave up ended their wait, not the change.

@@ -46,6 +46,9 @@ func TestNeighbouringTrimsMerge(t *testing.T) {
 	if marks := w.m.calls["mark"]; marks > requests/24 {
 		t.Errorf("%d requests became %d marks", requests, marks)
 	}
+	if st := w.v.Stats(); st.Joins == 0 || st.Joined < 2*st.Joins || st.Joined > uint64(requests) {
+		t.Errorf("of %d requests %d were joined into %d", requests, st.Joined, st.Joins)
+	}
 	for _, off := range at {
 		p := make([]byte, len(data))
 		if err := w.m.dev.ReadAt(t.Context(), p, off); err != nil || !allZero(p) {
@@ -117,7 +120,7 @@ func TestMergedTrimFailsInParts(t *testing.T) {
 	first := w.m.held[0]
 	w.m.held = w.m.held[1:]
 	first()
-	w.until("the merged trims to wait", func() bool { return len(w.v.marks.waiting) == 1 && len(w.v.merger.queue) == 0 })
+	w.until("the merged trims to wait", func() bool { return w.v.marks.waiting == 1 && len(w.v.merger.queue) == 0 })
 	w.m.geom.SizeBytes = size / 2
 	w.m.changed()
 	w.m.releaseHeld()

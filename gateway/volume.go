@@ -140,7 +140,7 @@ func (v *Volume) refusal(off, n int64, change bool) error {
 
 // counters count since the volume was attached.
 type counters struct {
-	reads, readBytes, writes, writtenBytes, zeroes, zeroedBytes, flushes, edges, waited, abandoned atomic.Uint64
+	reads, readBytes, writes, writtenBytes, zeroes, zeroedBytes, flushes, edges, waited, abandoned, joined, joins atomic.Uint64
 }
 
 // Stats is what a volume has done since it was attached.
@@ -152,6 +152,9 @@ type Stats struct {
 	Waited uint64
 	// Abandoned are operations whose caller gave up.
 	Abandoned uint64
+	// Joined are large changes to zeros that were carried out as part of Joins
+	// still larger ones (merger).
+	Joined, Joins uint64
 }
 
 // Stats may be called from any goroutine.
@@ -159,7 +162,7 @@ func (v *Volume) Stats() Stats {
 	s := &v.stats
 	return Stats{Reads: s.reads.Load(), ReadBytes: s.readBytes.Load(), Writes: s.writes.Load(), WrittenBytes: s.writtenBytes.Load(),
 		Zeroes: s.zeroes.Load(), ZeroedBytes: s.zeroedBytes.Load(), Flushes: s.flushes.Load(), EdgeReads: s.edges.Load(),
-		Waited: s.waited.Load(), Abandoned: s.abandoned.Load()}
+		Waited: s.waited.Load(), Abandoned: s.abandoned.Load(), Joined: s.joined.Load(), Joins: s.joins.Load()}
 }
 
 // WriteAsync writes p at off, on the loop; done is called on it. p is not kept.

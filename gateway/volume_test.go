@@ -138,7 +138,7 @@ func TestRandomOverlap(t *testing.T) {
 				t.Fatalf("seed %d: byte %d is %d", seed, at, got[at])
 			}
 		}
-		if len(w.v.marks.held)+len(w.v.marks.waiting) != 0 {
+		if w.v.marks.held+w.v.marks.waiting+len(w.v.marks.last) != 0 {
 			t.Fatalf("seed %d: claims are left", seed)
 		}
 	}
@@ -168,9 +168,125 @@ func TestClaimsAreGrantedInOrder(t *testing.T) {
 	}
 	ms.release(two)
 	ms.release(three)
-	if len(order) != 4 || len(ms.held)+len(ms.waiting) != 0 {
+	if len(order) != 4 || ms.held+ms.waiting+len(ms.last) != 0 {
 		t.Fatalf("granted %v", order)
 	}
+}
+
+// TestClaimsAgainstModel: claims hold exactly when no earlier one that is not
+// released overlaps them, in the order in which they came; whatever is called from
+// within granted.
+func TestClaimsAgainstModel(t *testing.T) {
+	for seed := range uint64(200) {
+		rnd := rand.New(rand.NewPCG(seed, 3))
+		var ms marks
+		type claimed struct {
+			mark
+			holds, over bool
+		}
+		var all []*claimed // in the order in which they came
+		var claim func(depth int)
+		var release func(c *claimed)
+		check := func() {
+			t.Helper()
+			held, waiting := 0, 0
+			for i, c := range all {
+				if c.over {
+					continue
+				}
+				free := true
+				for _, e := range all[:i] {
+					free = free && (e.over || !e.overlaps(c.span))
+				}
+				if free != c.holds {
+					t.Fatalf("seed %d: claim %d of %v holds: %v, may: %v", seed, i, c.span, c.holds, free)
+				}
+				if free {
+					held++
+				} else {
+					waiting++
+				}
+			}
+			if ms.held != held || ms.waiting != waiting {
+				t.Fatalf("seed %d: %d held and %d waiting, counted %d and %d", seed, held, waiting, ms.held, ms.waiting)
+			}
+			for i, r := range ms.last {
+				if r.from >= r.to || i > 0 && ms.last[i-1].to > r.from {
+					t.Fatalf("seed %d: runs %v", seed, ms.last)
+				}
+			}
+		}
+		claim = func(depth int) {
+			from := rnd.Uint64N(60)
+			c := &claimed{mark: mark{span: span{from, from + 1 + rnd.Uint64N([]uint64{1, 4, 30}[rnd.IntN(3)])}}}
+			c.granted = func() {
+				c.holds = true
+				switch rnd.IntN(6) {
+				case 0:
+					if depth < 3 {
+						claim(depth + 1)
+					}
+				case 1:
+					release(c)
+				}
+			}
+			all = append(all, c)
+			ms.claim(&c.mark)
+		}
+		release = func(c *claimed) {
+			c.over = true
+			ms.release(&c.mark)
+		}
+		for range 150 {
+			if rnd.IntN(2) == 0 {
+				claim(0)
+			} else if n := len(all); n > 0 {
+				if c := all[rnd.IntN(n)]; c.holds && !c.over {
+					release(c)
+				}
+			}
+			check()
+		}
+		for left := true; left; {
+			left = false
+			for _, c := range all {
+				if c.holds && !c.over {
+					release(c)
+					left = true
+				}
+			}
+		}
+		if check(); ms.held+ms.waiting+len(ms.last) != 0 {
+			t.Fatalf("seed %d: claims are left: %+v", seed, ms)
+		}
+	}
+}
+
+// BenchmarkClaimsBehindATrim: many small writes wait behind one large trim, while
+// as many elsewhere come and go.
+func BenchmarkClaimsBehindATrim(b *testing.B) {
+	const waiting = 2048
+	for range b.N {
+		var ms marks
+		trim := &mark{span: span{0, 1 << 32}, granted: func() {}}
+		ms.claim(trim)
+		writes := make([]mark, waiting)
+		for i := range writes {
+			w := &writes[i]
+			w.span, w.granted = span{uint64(i * 7), uint64(i*7 + 8)}, func() {}
+			ms.claim(w)
+		}
+		elsewhere := &mark{span: span{1 << 33, 1<<33 + 1}, granted: func() {}}
+		for range waiting {
+			ms.claim(elsewhere)
+			ms.release(elsewhere)
+		}
+		ms.release(trim)
+		for i := range writes {
+			ms.release(&writes[i])
+		}
+	}
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/waiting, "ns/claim")
 }
 
 // TestOutcomeUnknownHoldsBlocks: a change whose caller gave up keeps its blocks
@@ -195,7 +311,7 @@ func TestOutcomeUnknownHoldsBlocks(t *testing.T) {
 	other := make(chan error, 1)
 	go func() { other <- v.WriteAt(t.Context(), bytes.Repeat([]byte{3}, 4096), 16384, 0) }()
 	waiting := func() (n, held int) {
-		l.Call(func() { n, held = len(v.marks.waiting), len(m.held) })
+		l.Call(func() { n, held = v.marks.waiting, len(m.held) })
 		return n, held
 	}
 	for {
@@ -252,7 +368,7 @@ func TestErrorsOfPieces(t *testing.T) {
 	}
 	l.Call(func() {
 		m.refuse = nil
-		if len(m.flight)+len(v.marks.held) != 0 {
+		if len(m.flight)+v.marks.held != 0 {
 			t.Errorf("in flight: %v", m.flight)
 		}
 	})
@@ -304,6 +420,32 @@ func growBeside(t *testing.T, name string, size int64, do func(c *change, size i
 		}
 	})
 	w.until("read", func() bool { return ended == 3 })
+}
+
+// TestZeroesAreFastAndTakeNoSpace: FAST_ZERO never fails, and neither with it nor
+// with NO_HOLE are zeros written but at the ends (decision 8).
+func TestZeroesAreFastAndTakeNoSpace(t *testing.T) {
+	l, m, v := system(t, 64<<20)
+	if err := v.WriteAt(t.Context(), bytes.Repeat([]byte{1}, 64<<10), 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []block.Flags{0, block.NoHole, block.FastZero, block.NoHole | block.FastZero | block.FUA} {
+		var before, after int
+		l.Call(func() { before = m.calls["write"] })
+		if err := v.WriteZeroes(t.Context(), 100, 64<<20-200, f); err != nil {
+			t.Fatalf("flags %b: %v", f, err)
+		}
+		l.Call(func() { after = m.calls["write"] })
+		if after-before > 2 {
+			t.Errorf("flags %b: %d writes", f, after-before)
+		}
+		extents, err := v.Extents(t.Context(), nil, 4096, 64<<20-8192, 64)
+		for _, e := range extents {
+			if e.State == block.Data {
+				t.Errorf("flags %b: %v, %v", f, extents, err)
+			}
+		}
+	}
 }
 
 func TestUnwrittenEdgesOfTrimsCostNothing(t *testing.T) {

@@ -12,7 +12,8 @@ import (
 
 // translate is how Firn's error kinds are told to an NBD client: as the error
 // number of a request, and as the refusal of INFO and GO. Fenced and Canceled
-// say ESHUTDOWN: this connection is over, another may work.
+// say ESHUTDOWN: this connection is over, another may work. (Clients with a
+// Session are told by its end: session.leaveOn.)
 func translate(k block.Kind) (wire.Errno, wire.OptReply) {
 	switch k {
 	case block.NotFound:
@@ -88,7 +89,9 @@ func rawErrno(err error) wire.Errno {
 	return wire.EIO
 }
 
-// refusalOf translates an error of Exports.
+// refusalOf translates an error of Exports. A kind says more than the end of a time
+// that may have caused it: storage that did not answer in time is no reason to say
+// that the server is stopping.
 func refusalOf(err error) wire.OptReply {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -97,9 +100,11 @@ func refusalOf(err error) wire.OptReply {
 		return wire.RepErrTLSRequired
 	case errors.Is(err, fs.ErrPermission):
 		return wire.RepErrPolicy
-	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+	}
+	kind := block.KindOf(err)
+	if kind == block.Internal && (errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)) {
 		return wire.RepErrShutdown
 	}
-	_, refusal := translate(block.KindOf(err))
+	_, refusal := translate(kind)
 	return refusal
 }

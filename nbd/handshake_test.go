@@ -188,6 +188,17 @@ func TestHandshakeRefusals(t *testing.T) {
 			t.Errorf("text %q", text)
 		}
 	}
+	for _, x := range []struct {
+		err  error
+		want wire.OptReply
+	}{
+		{block.Wrap(block.Unavailable, context.DeadlineExceeded, "etcd"), wire.RepErrPlatform},
+		{block.Wrap(block.Canceled, context.DeadlineExceeded, "attach"), wire.RepErrShutdown},
+		{fmt.Errorf("wait: %w", context.DeadlineExceeded), wire.RepErrShutdown},
+	} {
+		c.openErr = x.err
+		r.wantRefusal(wire.OptGo, wire.AppendInfoRequest(nil, "vol"), x.want)
+	}
 	c.openErr = nil
 	r.wantAck(wire.OptGo, wire.AppendInfoRequest(nil, "vol"))
 	r.alive()

@@ -438,7 +438,9 @@ func TestAnAttachmentComesBackAfterALostRaise(t *testing.T) {
 func TestDeleteVolume(t *testing.T) {
 	f := newFixture(t, 1)
 	v := f.ready("demo")
-	d, err := meta.DeleteVolume(ctx, f.s, "demo")
+	_, err := meta.DeleteVolumeAs(ctx, f.s, "demo", block.VolumeID{9})
+	f.want(err, block.NotFound, "another volume")
+	d, err := meta.DeleteVolumeAs(ctx, f.s, "demo", v.ID)
 	f.ok(err)
 	if d.State != meta.Deleting || d.Epoch != v.Epoch+1 {
 		t.Fatalf("%+v", d)

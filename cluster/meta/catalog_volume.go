@@ -247,11 +247,25 @@ func WantSize(ctx context.Context, s Store, id block.VolumeID, sizeBytes int64) 
 // attached. NotFound if no volume has that name, perhaps because an earlier call
 // that failed has happened.
 func DeleteVolume(ctx context.Context, s Store, name string) (VolumeMeta, error) {
+	return deleteVolume(ctx, s, name, block.VolumeID{})
+}
+
+// DeleteVolumeAs is DeleteVolume as long as the name is that of the volume id.
+// NotFound: it is another one's now.
+func DeleteVolumeAs(ctx context.Context, s Store, name string, id block.VolumeID) (VolumeMeta, error) {
+	return deleteVolume(ctx, s, name, id)
+}
+
+// deleteVolume deletes whichever volume has the name if id is zero.
+func deleteVolume(ctx context.Context, s Store, name string, id block.VolumeID) (VolumeMeta, error) {
 	var out VolumeMeta
 	err := attempt(ctx, "delete the volume", func() (bool, error) {
 		v, kv, err := findVolume(ctx, s, name)
 		if err != nil {
 			return false, err
+		}
+		if !id.IsZero() && v.ID != id {
+			return false, block.Errorf(block.NotFound, "the name %q is that of another volume now, %s: volume %s was renamed or removed meanwhile", name, v.ID, id)
 		}
 		owner, err := s.Get(ctx, OwnerKey(v.ID))
 		if err != nil {

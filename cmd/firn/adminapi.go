@@ -91,6 +91,15 @@ func (a adminAPI) RemoveVolume(ctx context.Context, r *clusterpb.RemoveVolumeReq
 	if err != nil {
 		return nil, err
 	}
+	meant := v.ID
+	if r.Id != "" {
+		if meant, err = block.ParseUUID(r.Id); err != nil {
+			return nil, block.Wrap(block.Invalid, err, "id of the volume to remove")
+		}
+	}
+	if meant != v.ID {
+		return nil, block.Errorf(block.NotFound, "the name %q is that of another volume now, %s: volume %s was renamed or removed meanwhile", r.Name, v.ID, meant)
+	}
 	// A volume whose last client has left a moment ago need not be waited for.
 	if err := a.gateway.Detach(ctx, v.ID, false); err != nil && block.KindOf(err) != block.NotFound {
 		if block.KindOf(err) == block.Busy {
@@ -98,7 +107,7 @@ func (a adminAPI) RemoveVolume(ctx context.Context, r *clusterpb.RemoveVolumeReq
 		}
 		return nil, err
 	}
-	_, err = meta.DeleteVolume(ctx, a.store, r.Name)
+	_, err = meta.DeleteVolumeAs(ctx, a.store, r.Name, meant)
 	return &clusterpb.RemoveVolumeResponse{}, err
 }
 

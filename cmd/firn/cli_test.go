@@ -162,9 +162,21 @@ func TestHelpNamesEveryCommand(t *testing.T) {
 	if code := run(context.Background(), &console{out: &out, err: &out}, os.LookupEnv, []string{"--help"}); code != 0 {
 		t.Fatal(out.String())
 	}
-	for _, name := range []string{"up", "node", "gateway", "volume", "status", "health"} {
+	for _, name := range []string{"up", "node", "gateway", "volume", "attach", "detach", "status", "health"} {
 		if !strings.Contains(out.String(), "\n  "+name+" ") {
 			t.Errorf("--help does not list %s:\n%s", name, out.String())
+		}
+	}
+}
+
+// TestHelpNamesBothProtocols: whoever looks for iSCSI finds it.
+func TestHelpNamesBothProtocols(t *testing.T) {
+	for _, args := range [][]string{{"--help"}, {"gateway", "--help"}} {
+		var out bytes.Buffer
+		run(context.Background(), &console{out: &out, err: &out}, os.LookupEnv, args)
+		first, _, _ := strings.Cut(out.String(), "\n\n")
+		if !strings.Contains(first, "NBD") || !strings.Contains(first, "iSCSI") {
+			t.Errorf("%v begins with\n%s", args, first)
 		}
 	}
 }

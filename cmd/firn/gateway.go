@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
@@ -23,7 +22,6 @@ import (
 	"firn.io/firn/internal/clock"
 	"firn.io/firn/internal/loop"
 	"firn.io/firn/internal/vfs"
-	"firn.io/firn/iscsi"
 	"firn.io/firn/nbd"
 )
 
@@ -62,6 +60,7 @@ type fronts struct {
 	apiAddr, nbdAddr string
 	page             *observed
 	iscsi            iscsiFront
+	flags            frontFlags
 }
 
 func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) {
@@ -69,7 +68,7 @@ func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) 
 	if err != nil {
 		return nil, err
 	}
-	out := &fronts{creds: creds}
+	out := &fronts{creds: creds, flags: *f}
 	if out.access, err = f.nbdTLS.access(); err != nil {
 		return nil, err
 	}
@@ -81,7 +80,7 @@ func (f *frontFlags) listen(ctx context.Context, parts *stack) (*fronts, error) 
 		return nil, err
 	}
 	parts.push("API listener", closing(out.api))
-	out.apiAddr, out.nbdAddr = cmp.Or(f.advertise, out.api.Addr().String()), cmp.Or(f.advertiseNBD, out.nbd.Addr().String())
+	out.apiAddr, out.nbdAddr = cmp.Or(f.advertise, out.api.Addr().String()), cmp.Or(f.advertiseNBD, spelled(out.nbd.Addr()))
 	if out.iscsi, err = f.iscsi.listen(ctx, parts); err != nil {
 		return nil, err
 	}
@@ -110,6 +109,7 @@ type served struct {
 	catalog *catalog
 	gateway *gateway.Gateway
 	nbd     *nbd.Server
+	targets *volumeTargets // nil without iSCSI
 	yielded yielded
 	// creds are for the API, in both directions.
 	creds credentials.TransportCredentials
@@ -164,7 +164,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 		}
 	}()
 	parts.push("NBD server", func(ctx context.Context) error {
-		err := server.Shutdown(ctx)
+		err := stopClients(ctx, "NBD", server.Shutdown)
 		<-serving
 		return err
 	})
@@ -199,78 +199,12 @@ func (s *served) ready(ctx context.Context) error {
 	return s.registered(ctx)
 }
 
-// readyView is what a role prints with --json once it is ready.
-type readyView struct {
-	Ready   bool         `json:"ready"`
-	Cluster string       `json:"cluster_id"`
-	NBD     string       `json:"nbd,omitempty"`
-	ISCSI   string       `json:"iscsi,omitempty"`
-	API     string       `json:"api,omitempty"`
-	HTTP    string       `json:"http,omitempty"`
-	Listen  string       `json:"listen,omitempty"`
-	Volumes []volumeView `json:"volumes,omitempty"`
-}
-
-func (f *fronts) view(cluster block.ClusterID) readyView {
-	v := readyView{Ready: true, Cluster: cluster.String(), NBD: f.nbd.Addr().String(), API: f.api.Addr().String()}
-	if f.iscsi.l != nil {
-		v.ISCSI = cmp.Or(f.iscsi.portal, f.iscsi.l.Addr().String())
-	}
-	if f.http != nil {
-		v.HTTP = f.http.Addr().String()
-	}
-	if f.nbd.Addr().Network() == "unix" {
-		v.NBD = "unix:" + v.NBD
-	}
-	return v
-}
-
-// maxAnnounced bounds the volumes whose commands are shown.
-const maxAnnounced = 4
-
-// write tells people what is served and how to use it.
-func (f *fronts) write(w io.Writer, v readyView) {
-	fmt.Fprintf(w, "NBD   %s\n", v.NBD)
-	if v.ISCSI != "" {
-		fmt.Fprintf(w, "iSCSI %s   iscsi-ls -s iscsi://%s\n", v.ISCSI, v.ISCSI)
-	}
-	command := "firn status"
-	if v.API != defaultAPI {
-		command += " --api " + v.API
-	}
-	fmt.Fprintf(w, "API   %s   %s\n", v.API, command)
-	if v.HTTP != "" {
-		fmt.Fprintf(w, "HTTP  http://%s\n", v.HTTP)
-	}
-	for i, volume := range v.Volumes {
-		if i == maxAnnounced {
-			fmt.Fprintf(w, "\nand %d more: firn volume ls\n", len(v.Volumes)-i)
-			break
-		}
-		uri := nbd.URI(f.nbd.Addr(), volume.Name)
-		quoted := uri
-		if strings.ContainsAny(uri, "?&") {
-			quoted = "'" + uri + "'"
-		}
-		fmt.Fprintf(w, "\n%s, %s, %d %s:\n", volume.Name, formatSize(volume.SizeBytes), volume.Replicas, plural(int(volume.Replicas), "replica"))
-		fmt.Fprintf(w, "  nbdinfo %s\n", quoted)
-		fmt.Fprintf(w, "  nbdcopy disk.img %s\n", quoted)
-		fmt.Fprintf(w, "  qemu-img convert -n -O raw disk.qcow2 %s\n", quoted)
-		if host, port, err := net.SplitHostPort(f.nbd.Addr().String()); err == nil {
-			fmt.Fprintf(w, "  sudo nbd-client %s %s /dev/nbd0 -N %s\n", host, port, volume.Name)
-		}
-		if v.ISCSI != "" {
-			fmt.Fprintf(w, "  sudo iscsiadm -m discovery -t st -p %s && sudo iscsiadm -m node -T %s%s -l\n", v.ISCSI, iscsi.NamePrefix, volume.Name)
-		}
-	}
-}
-
 func newGateway(c *console) *cobra.Command {
 	var fronts frontFlags
 	var id, data, logLevel string
 	var etcd etcdFlags
 	cmd := &cobra.Command{
-		Use: "gateway --id ID --data DIR --etcd URLS", Short: "Serve the cluster's volumes over NBD", Args: cobra.NoArgs,
+		Use: "gateway --id ID --data DIR --etcd URLS", Short: "Serve the cluster's volumes over NBD and iSCSI", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := startLog(c, logLevel); err != nil {
 				return err

@@ -1,5 +1,5 @@
 // Command firn is block storage for Linux hosts and virtual machines: a storage
-// node, a gateway that serves volumes over NBD, both in one process (`firn
+// node, a gateway that serves volumes over NBD and iSCSI, both in one process (`firn
 // up`), and the tool that talks to them. This is the only place where the
 // concrete kinds of Firn's parts meet: flags and configuration are read here,
 // parts are opened in order and closed in reverse.
@@ -49,8 +49,9 @@ type quietFailure struct{ error }
 func newRoot(c *console, lookup func(string) (string, bool)) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "firn",
-		Short: "Replicated block volumes over NBD",
-		Long: `Firn gives Linux hosts and virtual machines replicated block volumes over NBD.
+		Short: "Replicated block volumes over NBD and iSCSI",
+		Long: `Firn gives Linux hosts and virtual machines replicated block volumes over NBD
+and iSCSI.
 
 Start with:  firn up --volume demo=10G
 

@@ -60,6 +60,11 @@ var (
 	volumeWritten = describe("volume_written_bytes_total", "Bytes that clients wrote.", "volume")
 	volumeRead    = describe("volume_read_bytes_total", "Bytes that clients read.", "volume")
 	volumeOps     = describe("volume_operations_total", "Operations of clients.", "volume", "operation")
+	volumeZeroed  = describe("volume_zeroed_bytes_total", "Bytes that clients trimmed or made zero.", "volume")
+	volumeEdges   = describe("volume_edge_reads_total", "Blocks read for the sake of unaligned changes.", "volume")
+	volumeWaited  = describe("volume_waited_total", "Changes that waited for another one of the same blocks.", "volume")
+	volumeLeft    = describe("volume_abandoned_total", "Operations whose client was gone before they ended.", "volume")
+	volumeJoined  = describe("volume_joined_zeroes_total", "Large trims and zeroes (requests) that were carried out together (joins).", "volume", "what")
 	volumeClients = describe("volume_clients", "Clients connected here.", "volume")
 	nbdOpen       = describe("nbd_connections", "Open NBD connections.")
 	nbdAccepted   = describe("nbd_accepted_total", "Accepted NBD connections.")
@@ -170,6 +175,12 @@ func gatewayMetrics(g *gateway.Gateway, server *nbd.Server) collector {
 			emit(volumeOps, prometheus.CounterValue, float64(v.Stats.Writes), name, "write")
 			emit(volumeOps, prometheus.CounterValue, float64(v.Stats.Zeroes), name, "zero")
 			emit(volumeOps, prometheus.CounterValue, float64(v.Stats.Flushes), name, "flush")
+			emit(volumeZeroed, prometheus.CounterValue, float64(v.Stats.ZeroedBytes), name)
+			emit(volumeEdges, prometheus.CounterValue, float64(v.Stats.EdgeReads), name)
+			emit(volumeWaited, prometheus.CounterValue, float64(v.Stats.Waited), name)
+			emit(volumeLeft, prometheus.CounterValue, float64(v.Stats.Abandoned), name)
+			emit(volumeJoined, prometheus.CounterValue, float64(v.Stats.Joined), name, "requests")
+			emit(volumeJoined, prometheus.CounterValue, float64(v.Stats.Joins), name, "joins")
 			emit(volumeClients, prometheus.GaugeValue, float64(v.Clients), name)
 		}
 		s := server.Stats()
@@ -181,6 +192,7 @@ func gatewayMetrics(g *gateway.Gateway, server *nbd.Server) collector {
 		emit(nbdBad, prometheus.CounterValue, float64(s.HandshakeFailures), "handshake")
 		emit(nbdBad, prometheus.CounterValue, float64(s.Violations), "violation")
 		emit(nbdBad, prometheus.CounterValue, float64(s.Superseded), "superseded")
+		emit(nbdBad, prometheus.CounterValue, float64(s.Moved), "moved")
 		for c, n := range s.Requests {
 			emit(nbdRequests, prometheus.CounterValue, float64(n), wire.Command(c).String())
 		}

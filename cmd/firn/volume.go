@@ -259,7 +259,7 @@ func volumeRm(r *remote) *cobra.Command {
 				}
 			}
 			err = r.call(cmd.Context(), "removing "+args[0], func(ctx context.Context, api clusterpb.AdminClient) error {
-				_, err := api.RemoveVolume(ctx, &clusterpb.RemoveVolumeRequest{Name: args[0]})
+				_, err := api.RemoveVolume(ctx, &clusterpb.RemoveVolumeRequest{Name: v.Name, Id: v.Id})
 				return err
 			})
 			if err != nil {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -148,6 +149,17 @@ func TestHTTP(t *testing.T) {
 			t.Errorf("%s: %d, %.2000s", path, code, body)
 		}
 	}
+	libnbd(t, s.uri("v"), "h.pwrite(b'y'*100, 5000); h.trim(1<<20, 1<<20)")
+	_, body := httpGet("http://" + s.HTTP + "/metrics")
+	for _, want := range []string{
+		`firn_volume_zeroed_bytes_total{volume="v"} 1.048576e+06`, `firn_volume_edge_reads_total{volume="v"} 1`, `firn_volume_waited_total{volume="v"} 0`,
+		`firn_volume_abandoned_total{volume="v"} 0`, `firn_volume_joined_zeroes_total{volume="v",what="requests"} 0`, `firn_volume_joined_zeroes_total{volume="v",what="joins"} 0`,
+		`firn_nbd_bad_connections_total{reason="moved"} 0`,
+	} {
+		if !strings.Contains(body, want+"\n") {
+			t.Errorf("/metrics has no line %s", want)
+		}
+	}
 	if code, _ := httpGet("http://" + s.HTTP + "/nothing"); code != 404 {
 		t.Errorf("unknown page: %d", code)
 	}
@@ -258,4 +270,29 @@ refused('ENOSPC', h.zero, 4096, size)
 h.pwrite(b'q' * 512, size - 512)
 assert bytes(h.pread(512, size - 512)) == b'q' * 512
 `)
+}
+
+// TestAbortedUpKeepsItsNodes: a start with more nodes that fails leaves the folder
+// as it was: neither are fewer refused, nor are nodes known that never came.
+func TestAbortedUpKeepsItsNodes(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "node-3"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := try(t, firnBinary, "up", "--data", dir, "--nodes", "16", "--nbd", freeAddr(t), "--api", freeAddr(t), "--http", freeAddr(t))
+	if r.exit == 0 || !strings.Contains(r.stderr, "node-3") {
+		t.Fatalf("up with a file for a node's folder: exit %d, %s", r.exit, r.stderr)
+	}
+	s := up(t, dir, "--nodes", "1", "--volume", "v=64M")
+	if out := s.firn("node", "ls"); strings.Count(out, "\n") != 2 || !strings.Contains(out, " up ") {
+		t.Errorf("nodes of an aborted start are left:\n%s", out)
+	}
+	if err := s.stop(); err != nil {
+		t.Error(err)
+	}
+	if r := try(t, firnBinary, "up", "--data", dir, "--nodes", "2", "--nbd", "nowhere:x"); r.exit == 0 {
+		t.Error("up at an address that is none")
+	}
+	up(t, dir, "--nodes", "1")
 }

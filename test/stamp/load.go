@@ -1,8 +1,8 @@
 package stamp
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"sync"
@@ -75,28 +75,33 @@ func (l *Load) LongestStall() time.Duration { return time.Duration(l.longest.Loa
 func (l *Load) ResetStall() { l.longest.Store(0) }
 
 // Run works on dev until ctx ends, a read is wrong or, with ErrorsEnd, an
-// operation fails. It may be called again, on another connection to the same
+// operation fails, and returns the first such error: also of an operation that was
+// in flight when ctx ended, if what it read is wrong. It may be called again, on another connection to the same
 // volume: what is in flight when ctx ends stays of unknown outcome. now tells
 // the time for the stall that is reported; it decides nothing.
 func (l *Load) Run(ctx context.Context, dev Device, now func() time.Duration) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var first error
 	for w := range l.o.Workers {
 		wg.Go(func() {
 			r := rand.New(rand.NewPCG(l.o.Seed+l.ops.Load(), uint64(w)))
 			for ctx.Err() == nil {
-				if err := l.step(ctx, dev, uint32(w), r, now); err != nil {
-					cancel(err)
+				err := l.step(ctx, dev, uint32(w), r, now)
+				if err == nil {
+					continue
 				}
+				mu.Lock()
+				first = cmp.Or(first, err)
+				mu.Unlock()
+				cancel()
 			}
 		})
 	}
 	wg.Wait()
-	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
-		return err
-	}
-	return nil
+	return first
 }
 
 func (l *Load) step(ctx context.Context, dev Device, worker uint32, r *rand.Rand, now func() time.Duration) error {

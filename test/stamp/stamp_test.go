@@ -3,6 +3,7 @@ package stamp_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -159,6 +160,36 @@ func TestLoadPassesAGoodDeviceAndCatchesABadOne(t *testing.T) {
 	err := bad.Run(t.Context(), plain{blocktest.New(blocktest.Options{Bytes: o.Sectors * stamp.SectorBytes}), func(int64) bool { n++; return n%50 == 0 }}, now)
 	if v := verdict(err); v != stamp.Lost && v != stamp.Resurrected {
 		t.Fatalf("a device that drops writes: %v", err)
+	}
+}
+
+// late is a device on which everything goes wrong in a way of its own.
+type late struct {
+	plain
+	read  func(p []byte) error
+	write func() error
+}
+
+func (d late) ReadAt(_ context.Context, p []byte, _ int64) error { return d.read(p) }
+func (d late) WriteAt(context.Context, []byte, int64) error      { return d.write() }
+
+// TestRunReturnsEveryFault: a wrong byte counts also if its read ends after the
+// load was stopped, and an error also if it is about a time that is over.
+func TestRunReturnsEveryFault(t *testing.T) {
+	now := func() time.Duration { return 0 }
+	ctx, stop := context.WithCancel(t.Context())
+	err := stamp.NewLoad(stamp.Options{Volume: volume, Sectors: 64, ReadPercent: 100, Workers: 1}).Run(ctx, late{read: func(p []byte) error {
+		stop()
+		p[0] = 1
+		return nil
+	}}, now)
+	if v := verdict(err); v != stamp.Torn {
+		t.Errorf("a wrong byte after the stop: %v", err)
+	}
+	refused := fmt.Errorf("the server: %w", context.DeadlineExceeded)
+	err = stamp.NewLoad(stamp.Options{Volume: volume, Sectors: 64, ErrorsEnd: true}).Run(t.Context(), late{write: func() error { return refused }}, now)
+	if !errors.Is(err, refused) {
+		t.Errorf("a write that failed: %v", err)
 	}
 }
 
