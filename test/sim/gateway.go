@@ -84,6 +84,9 @@ func (g *process) attach() {
 	g.client.StartAttach(c.ctx, c.volume.ID, func(a *cluster.Attachment, err error) {
 		if err != nil {
 			c.logf("%s: attach: %v", g.seat.name, err)
+			if _, other := c.owner(); c.restored && errors.Is(err, block.Busy) && other.process != nil && other.process.now != nil {
+				c.force(c.volume.ID) // the backup does not know that it was taken away; a person sees who serves it
+			}
 			again()
 			return
 		}
