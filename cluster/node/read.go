@@ -78,10 +78,13 @@ func (o *op) readBlocks() {
 	o.node.load(func() { f.run(q.Chunk) }, finish)
 }
 
-// load reads a disk. The disks close only when no such read is under way.
-func (n *Node) load(read, done func()) {
+// load reads a disk.
+func (n *Node) load(read, done func()) { n.work(loop.DiskRead, read, done) }
+
+// work does something on a disk. The disks close only when none is under way.
+func (n *Node) work(class loop.Class, work, done func()) {
 	n.loading++
-	n.loop.Do(loop.DiskRead, read, func() {
+	n.loop.Do(class, work, func() {
 		done()
 		if n.loading--; n.loading == 0 && n.loaded != nil {
 			n.loaded()

@@ -132,6 +132,7 @@ func (rep *replica) quarantine() {
 	if rep.halted == nil {
 		rep.halt(block.Errorf(block.Corrupt, "it was found damaged, and is replaced"))
 	}
+	rep.disk.confine(rep.key, rep.halted.Error())
 	rep.node.installs.stop(rep)
 	rep.close()
 }
