@@ -52,7 +52,9 @@ type disk struct {
 	watching  bool  // the folder is being looked at
 	watched   clock.Instant
 	births    []birth
-	ticks     int // of upkeep, since the last checkpoint for want of space
+	// quarantine lists replicas that never open again.
+	quarantine quarantined
+	ticks      int // of upkeep, since the last checkpoint for want of space
 }
 
 // recover opens index and log. What the log lost, or kept beyond what the index
@@ -110,6 +112,9 @@ func (d *disk) recover() error {
 		return err
 	}
 	_ = d.reserve.Fill() // or when there is room
+	if err := d.quarantine.load(n.cfg.FS, d.cfg.Dir); err != nil {
+		n.logf("disk %v in %s: %v", d.id, d.cfg.Dir, err)
+	}
 	damaged := make(map[seglog.ReplicaKey]string)
 	for _, dm := range d.log.Damaged() {
 		damaged[dm.Key] = dm.Reason
@@ -121,6 +126,8 @@ func (d *disk) recover() error {
 		rep := newReplica(d, state)
 		if why, bad := damaged[rep.key]; bad {
 			rep.halted = block.Errorf(block.Corrupt, "its log is damaged: %s", why)
+		} else if why, bad := d.quarantine.list[rep.key]; bad {
+			rep.halted = block.Errorf(block.Corrupt, "it is in quarantine: %s", why)
 		}
 		n.addReplica(rep)
 	}

@@ -128,13 +128,14 @@ func (n *Node) Status() Status {
 }
 
 // Ready tells whether the node is registered, holds its lease and has opened
-// every replica on its usable disks but those that are filled from others.
+// every replica on its usable disks but those that are filled from others or
+// have halted: Status tells of these.
 func (n *Node) Ready() bool {
 	if n.stopping || !n.register.done || !n.session.Valid() {
 		return false
 	}
 	for _, rep := range n.replicas {
-		if rep.group == nil && rep.disk.failed == nil && n.installs.all[rep.key.Group] == nil {
+		if rep.group == nil && rep.halted == nil && rep.disk.failed == nil && n.installs.all[rep.key.Group] == nil {
 			return false
 		}
 	}
