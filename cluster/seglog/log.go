@@ -59,9 +59,13 @@ type Log struct {
 	owner Owner
 
 	maxSegments int
-	claimed     int // segments with claims
 	mu          sync.RWMutex
 	segs        []*segment // segs[i] has id i+1
+	// What Space would have to look at every segment for:
+	counts      [numStates]int         // of segs, by state
+	claimed     map[SegmentID]*segment // with claims
+	claimBlocks int64                  // of all
+	looks       int                    // segments opened or sealed since all were looked at
 	replicas    map[ReplicaKey]*Replica
 	order       []*Replica // by key
 	shut        bool       // the files are closed

@@ -91,7 +91,7 @@ func Open(fs vfs.FS, dir string, sb Superblock, o Options) (*Log, error) {
 		return nil, block.Errorf(block.Unavailable, "disk %v in %s has failed and must be replaced: %s", sb.Disk, dir, why)
 	}
 	l := &Log{fs: fs, dir: dir, sb: sb, opt: o, maxSegments: int(min(o.CapacityBytes/sb.SegmentBytes, 1<<31)),
-		replicas: make(map[ReplicaKey]*Replica), kept: make(kept)}
+		replicas: make(map[ReplicaKey]*Replica), kept: make(kept), claimed: make(map[SegmentID]*segment)}
 	if l.maxSegments < minSegments {
 		return nil, block.Errorf(block.Invalid, "a disk of %d bytes is too small: it needs at least %d segments of %d bytes", o.CapacityBytes, minSegments, sb.SegmentBytes)
 	}
@@ -99,6 +99,7 @@ func Open(fs vfs.FS, dir string, sb Superblock, o Options) (*Log, error) {
 	r := &recovery{l: l, heads: make(map[SegmentID]header), reps: make(map[ReplicaKey]*rebuilt)}
 	err := r.run()
 	if err == nil {
+		l.count()
 		err = l.cut(r)
 	}
 	if err != nil {
@@ -661,7 +662,8 @@ func (l *Log) sealNow(stream int) error {
 	if err := l.writeNow(); err != nil {
 		return err
 	}
-	s.state, l.w.open[stream] = sealed, nil
+	l.setState(s, sealed)
+	l.w.open[stream] = nil
 	return nil
 }
 

@@ -16,6 +16,14 @@ const maxBatchBlocks = 4 << 20 / block.Size
 // stallRetry is how often a writer without a free segment looks again.
 const stallRetry = 20 * time.Millisecond
 
+const (
+	// lookPart is which part of a large disk's segments is opened between two
+	// looks at all of them for what became free, or is worth collecting.
+	lookPart = 1 << 11
+	// lookFree is how few free segments make it look at each one that is opened.
+	lookFree = 64
+)
+
 // write is a queued Write.
 type write struct {
 	r        *Replica
@@ -309,7 +317,8 @@ func (l *Log) endBatch(e *encoder) {
 // beginTable builds the state table that opens a segment (L5).
 func (l *Log) beginTable(s *segment, stream int) {
 	l.mu.Lock()
-	s.state, s.next, s.generation = open, 0, l.w.number
+	l.setState(s, open)
+	s.next, s.generation = 0, l.w.number
 	delete(l.kept, s.id)
 	l.mu.Unlock()
 	l.beginBatch(s, kindTable, stream)
@@ -333,7 +342,7 @@ func (l *Log) encodeTable() {
 		}
 	}
 	var claimed []segmentUse
-	for _, s := range l.segs {
+	for _, s := range l.inUse() {
 		if s.claims > 0 && s.state == sealed || s.state == open {
 			claimed = append(claimed, segmentUse{s.id, s.generation})
 		}
@@ -354,7 +363,7 @@ func (l *Log) encodeTable() {
 // tableBlocks bounds the size of a state table.
 func (l *Log) tableBlocks() uint32 {
 	const perReplica, perSegment, perVoid = sectionBytes, 2 * 10, 3 * 10
-	return blocksOf(fixedBytes + 64 + (len(l.order)+1)*perReplica + (l.claimed+numStreams)*perSegment + len(l.w.voids)*perVoid)
+	return blocksOf(fixedBytes + 64 + (len(l.order)+1)*perReplica + (len(l.claimed)+numStreams)*perSegment + len(l.w.voids)*perVoid)
 }
 
 func (l *Log) segmentBlocks() uint32 { return uint32(l.sb.SegmentBytes / block.Size) }
@@ -678,7 +687,8 @@ func (l *Log) finish() {
 	case kindTable:
 		w.open[h.stream], w.table = s, h.number
 	case kindSeal:
-		w.open[h.stream], s.state = nil, sealed
+		w.open[h.stream] = nil
+		l.setState(s, sealed)
 	case kindWrites:
 		l.finishWrites()
 	case kindMoves:
@@ -700,8 +710,12 @@ func (l *Log) finish() {
 	}
 	if h.kind == kindTable || h.kind == kindSeal {
 		s.fresh = false
-		l.reap()
-		l.gc.check = true
+		l.looks++
+		if _, possible := l.usable(); possible < lookFree || l.looks*lookPart >= len(l.segs) {
+			l.looks = 0
+			l.reap()
+			l.gc.check = true
+		}
 	}
 	// What the answers bring about in this turn goes into the next batch.
 	l.pumpLater()
@@ -740,7 +754,8 @@ func (l *Log) finishFailed() {
 	r := &w.round
 	if r.make && r.file == nil && block.KindOf(r.err) == block.NoSpace {
 		l.mu.Lock()
-		r.seg.state, r.seg.generation = missing, 0
+		l.setState(r.seg, missing)
+		r.seg.generation = 0
 		l.mu.Unlock()
 		l.refusedFile()
 		l.stall()
