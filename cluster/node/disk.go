@@ -96,7 +96,7 @@ func (d *disk) recover() error {
 			return seglog.EntryID{Index: index, Term: term}, true
 		},
 		Live:     func(s seglog.SegmentID, _ uint64) bool { return d.index.LiveBlocks(s) > 0 },
-		Begun:    len(d.index.Replicas()) > 0,
+		Known:    d.known(),
 		Parallel: n.cfg.Parallel, Failed: d.fail,
 		Logf: n.cfg.Logf,
 	}
@@ -123,6 +123,14 @@ func (d *disk) recover() error {
 		n.addReplica(rep)
 	}
 	return nil
+}
+
+// known are the replicas that the index holds.
+func (d *disk) known() (keys []seglog.ReplicaKey) {
+	for _, state := range d.index.Replicas() {
+		keys = append(keys, state.Key())
+	}
+	return keys
 }
 
 // remakeStore makes the index anew that could not be opened, if the disk's log

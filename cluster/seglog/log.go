@@ -23,9 +23,10 @@ type Options struct {
 	// segment (0: any). It is asked at open only, when the head of a segment cannot
 	// be read or no segment is free otherwise; nil is yes.
 	Live func(SegmentID, uint64) bool
-	// Begun says that a log was in use here before, for the index knows of it: one
-	// without any state table is of kind Corrupt then, and not begun anew.
-	Begun bool
+	// Known are the replicas of the index. With any, the log was in use before: one
+	// without a state table is of kind Corrupt then, and not begun anew. One that a
+	// rotten log does not know is damaged (L4).
+	Known []ReplicaKey
 	// Parallel is how many goroutines read the disk while it opens, and for one
 	// ReadEach; 0 and 1: none but the caller's, in an order that replays.
 	Parallel int

@@ -116,3 +116,90 @@ func TestManySegments(t *testing.T) {
 	l.count()
 	l.owner = c.Owner
 }
+
+// TestTooManyClaims: with more claimed segments than a state table may name nothing
+// is lost: entries wait until claims have ended.
+func TestTooManyClaims(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 1, 8<<20, 40)
+	g.open()
+	k := ReplicaKey{1, 1}
+	g.create(k)
+	g.append(k, 11, 5, 4)
+	g.run(time.Millisecond)
+	l := g.log
+	real := len(l.segs)
+	claim := func(n int) {
+		for range n {
+			s := &segment{id: SegmentID(len(l.segs) + 1), state: sealed, generation: 1, last: 1, claims: 1}
+			l.segs = append(l.segs, s)
+			l.claimed[s.id] = s
+		}
+		l.maxSegments += n
+		l.count()
+	}
+	claim(24_000)
+	for i := range uint64(600) { // 8 MiB and more
+		g.append(k, 15+10*i, 5, 10)
+	}
+	g.run(time.Second)
+	if !l.Stalled() || l.w.open[fresh] == nil {
+		t.Fatalf("entries go on with %d claimed segments: stalled %v", len(l.claimed), l.Stalled())
+	}
+	for _, s := range l.segs[real:] {
+		delete(l.claimed, s.id)
+	}
+	l.segs = l.segs[:real]
+	l.maxSegments -= 24_000
+	l.count()
+	g.run(time.Second)
+	if l.Stalled() {
+		t.Fatal("entries still wait")
+	}
+	g.verify()
+	g.loop.Kill()
+	g.open()
+}
+
+// TestVoidsOfManySegments: what a recovery voids on a disk with very many free
+// segments takes few bytes, for ever so many recoveries, and ends once all were used.
+func TestVoidsOfManySegments(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 1, minSegmentBytes, 400)
+	g.open()
+	k := ReplicaKey{1, 1}
+	g.create(k)
+	for i := range uint64(300) {
+		g.append(k, g.reps[k].now().last()+1, 5, 10)
+		g.run(time.Millisecond)
+		if i%60 == 59 {
+			g.apply(k)
+		}
+	}
+	g.apply(k)
+	g.checkpoint()
+	g.truncate(k, 0)
+	g.run(time.Millisecond)
+	for range 20 {
+		g.loop.Kill()
+		g.open()
+	}
+	if free := g.log.counts[free]; free <= maxVoidSegments {
+		t.Fatalf("the script must leave many free segments, not %d", free)
+	}
+	if n := len(g.log.w.voids); n > 20*2 {
+		t.Errorf("20 recoveries have left %d voids", n)
+	}
+	for _, s := range g.log.segs {
+		if s.state == free {
+			s.last, s.generation = g.log.w.number, g.log.w.number
+		}
+	}
+	for range 10 {
+		g.append(k, g.reps[k].now().last()+1, 5, 10)
+		g.run(10 * time.Millisecond)
+	}
+	if n := len(g.log.w.voids); n != 0 {
+		t.Errorf("%d voids are left after all segments were used", n)
+	}
+}

@@ -53,6 +53,11 @@ type segment struct {
 	collected uint64
 }
 
+// mayHold tells whether a segment was not written since v was voided.
+func (s *segment) mayHold(v void) bool {
+	return s.state != missing && !s.fresh && s.last <= v.to && s.generation <= v.to
+}
+
 func segmentName(dir string, id SegmentID) string {
 	return path.Join(dir, logFolder, fmt.Sprintf("%08d.seg", id))
 }

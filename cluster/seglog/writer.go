@@ -1,6 +1,7 @@
 package seglog
 
 import (
+	"slices"
 	"time"
 
 	"firn.io/firn/internal/block"
@@ -209,13 +210,8 @@ func (l *Log) other(stream int) int {
 func (l *Log) prepare(stream int) bool {
 	w := &l.w
 	s := w.open[stream]
-	// New data leaves two segments: truncations and survivors are what frees some.
-	reserve := 0
-	if stream == fresh {
-		reserve = 2
-	}
 	if s == nil {
-		s = l.pick(reserve)
+		s = l.successor(stream)
 		if s == nil && stream == fresh && l.nextTruncation() != nil {
 			if s = l.pick(0); s != nil {
 				s.reserved = true
@@ -228,7 +224,7 @@ func (l *Log) prepare(stream int) bool {
 		return true
 	}
 	if s.reserved {
-		if _, possible := l.usable(); possible < 2 && l.room(s) > 0 {
+		if _, possible := l.usable(); (possible < 2 || l.tableBytes() > maxTableBytes) && l.room(s) > 0 {
 			return l.layTruncations(s)
 		}
 		s.reserved = false
@@ -241,7 +237,7 @@ func (l *Log) prepare(stream int) bool {
 		return true
 	}
 	// Without a successor it stays open, so that a recovery can log its cut in it.
-	if l.pick(reserve) == nil && (stream != fresh || l.nextTruncation() == nil || l.pick(0) == nil) {
+	if l.successor(stream) == nil && (stream != fresh || l.nextTruncation() == nil || l.pick(0) == nil) {
 		return false
 	}
 	l.beginBatch(s, kindSeal, stream)
@@ -351,7 +347,7 @@ func (l *Log) encodeTable() {
 	kept := w.voids[:0]
 	for _, v := range w.voids {
 		// A batch written there since has taken the place of what was torn.
-		if s := l.segment(v.segment); s != nil && s.state != missing && s.last <= v.to && s.generation <= v.to {
+		if s := l.segment(v.segment); s != nil && s.mayHold(v) || v.segment == anySegment && slices.ContainsFunc(l.segs, func(s *segment) bool { return s.mayHold(v) }) {
 			kept = append(kept, v)
 		}
 	}
@@ -360,10 +356,28 @@ func (l *Log) encodeTable() {
 	l.endBatch(&e)
 }
 
-// tableBlocks bounds the size of a state table.
-func (l *Log) tableBlocks() uint32 {
+// tableBytes bounds the size of a state table.
+func (l *Log) tableBytes() int {
 	const perReplica, perSegment, perVoid = sectionBytes, 2 * 10, 3 * 10
-	return blocksOf(fixedBytes + 64 + (len(l.order)+1)*perReplica + (len(l.claimed)+numStreams)*perSegment + len(l.w.voids)*perVoid)
+	return fixedBytes + 64 + (len(l.order)+1)*perReplica + (len(l.claimed)+numStreams)*perSegment + len(l.w.voids)*perVoid
+}
+
+func (l *Log) tableBlocks() uint32 { return blocksOf(l.tableBytes()) }
+
+// maxTableBytes is the size of a state table from which on no segment is opened
+// for entries: truncations, which take claims away, find room in the rest.
+const maxTableBytes = maxHeaderBytes * 7 / 8
+
+// successor returns the segment that a stream would go on in, nil if there is none
+// for it. New data leaves two segments: truncations and survivors are what frees some.
+func (l *Log) successor(stream int) *segment {
+	if stream != fresh {
+		return l.pick(0)
+	}
+	if l.tableBytes() > maxTableBytes {
+		return nil
+	}
+	return l.pick(2)
 }
 
 func (l *Log) segmentBlocks() uint32 { return uint32(l.sb.SegmentBytes / block.Size) }
