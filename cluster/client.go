@@ -88,6 +88,9 @@ type Client struct {
 	groupsM *meta.Mirror
 	volumes *meta.Mirror
 	owners  *meta.Mirror
+	// ownKeys are the owner keys under this process's lease that owners has.
+	ownKeys   map[block.VolumeID]block.Nonce
+	releasing bool // one of them that no attachment here has
 
 	conns  map[block.NodeID]*conn
 	groups map[block.GroupID]*group
@@ -179,12 +182,12 @@ func New(cfg Config) *Client {
 	}
 	c := &Client{cfg: cfg, loop: cfg.Loop, log: cfg.Log, conns: map[block.NodeID]*conn{}, groups: map[block.GroupID]*group{},
 		calls: map[uint64]*call{}, attachments: map[block.VolumeID]*Attachment{},
-		attaching: map[block.VolumeID]*attaching{}}
+		attaching: map[block.VolumeID]*attaching{}, ownKeys: map[block.VolumeID]block.Nonce{}}
 	c.nodes = meta.NewMirror(c.loop, cfg.Store, meta.NodesPrefix, c.nodeChanged, nil)
 	c.groupsM = meta.NewMirror(c.loop, cfg.Store, meta.GroupsPrefix, c.groupChanged, nil)
 	if cfg.Gateway.ID != "" {
 		c.volumes = meta.NewMirror(c.loop, cfg.Store, meta.VolumesPrefix, c.volumeChanged, nil)
-		c.owners = meta.NewMirror(c.loop, cfg.Store, meta.OwnersPrefix, c.ownerChanged, nil)
+		c.owners = meta.NewMirror(c.loop, cfg.Store, meta.OwnersPrefix, c.ownerChanged, c.releaseStale)
 		c.session = meta.NewSession(c.loop, cfg.Store, meta.OwnerTTL, c.granted, nil)
 	}
 	return c
@@ -291,20 +294,6 @@ func (c *Client) volumeChanged(kv meta.KV) {
 	}
 	if v, err := meta.DecodeVolume(kv); err == nil {
 		a.refreshed(v)
-	}
-}
-
-func (c *Client) ownerChanged(kv meta.KV) {
-	id, err := meta.ParseVolumeKey(kv.Key)
-	if err != nil {
-		return
-	}
-	a := c.attachments[id]
-	if a == nil {
-		return
-	}
-	if o, err := meta.DecodeOwner(kv); !kv.Exists() || err != nil || o.Nonce != a.owner.Nonce {
-		a.checkOwner()
 	}
 }
 

@@ -1,6 +1,9 @@
 package cluster
 
 import (
+	"bytes"
+	"slices"
+
 	"firn.io/firn/cluster/meta"
 	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/loop"
@@ -185,4 +188,55 @@ func (a *Attachment) refreshed(v meta.VolumeMeta) {
 		a.vol.Name = v.Name
 		a.changed()
 	}
+}
+
+// ownerChanged follows the owner keys: of the volumes that are attached here,
+// and those that hang on this process's lease.
+func (c *Client) ownerChanged(kv meta.KV) {
+	id, err := meta.ParseVolumeKey(kv.Key)
+	if err != nil {
+		return
+	}
+	o, err := meta.DecodeOwner(kv)
+	known := kv.Exists() && err == nil
+	if known && kv.Lease != 0 && kv.Lease == c.session.Lease() && o.Gateway == c.cfg.Gateway.ID {
+		c.ownKeys[id] = o.Nonce
+	} else {
+		delete(c.ownKeys, id)
+	}
+	if a := c.attachments[id]; a != nil && (!known || o.Nonce != a.owner.Nonce) {
+		a.checkOwner()
+	}
+}
+
+// releaseStale removes owner keys that this process keeps alive by its lease
+// without having the volume: a metadata store restored from a backup brings back
+// the key of an attachment that has ended since, and nobody else may remove it
+// (F6). The mirror may be behind, so the key goes by its nonce, which no
+// attachment to come will have.
+func (c *Client) releaseStale() {
+	var stale []block.VolumeID
+	for id, nonce := range c.ownKeys {
+		a, t := c.attachments[id], c.attaching[id]
+		if (a == nil || a.owner.Nonce != nonce) && (t == nil || t.nonce != nonce) {
+			stale = append(stale, id)
+		}
+	}
+	if len(stale) == 0 || c.releasing || c.ctx.Err() != nil {
+		return
+	}
+	id := slices.MinFunc(stale, func(a, b block.VolumeID) int { return bytes.Compare(a[:], b[:]) })
+	nonce := c.ownKeys[id]
+	c.releasing = true
+	c.releaseOwner(id, nonce, 0, func(err error) {
+		c.releasing = false
+		if err != nil {
+			c.loop.After(metaRetry, c.releaseStale)
+			return
+		}
+		if c.ownKeys[id] == nonce {
+			delete(c.ownKeys, id)
+		}
+		c.releaseStale()
+	})
 }

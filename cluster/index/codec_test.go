@@ -120,6 +120,19 @@ func FuzzDecodeGroup(f *testing.F) {
 	})
 }
 
+func FuzzDecodeInstalling(f *testing.F) {
+	f.Add(appendInstalling(nil, &installing{base: 7, target: 9}))
+	f.Fuzz(func(t *testing.T, p []byte) {
+		i, err := decodeInstalling(p)
+		if err != nil {
+			return
+		}
+		if got := appendInstalling(nil, i); !bytes.Equal(got, p) {
+			t.Fatalf("%x decodes to %+v, which is %x", p, i, got)
+		}
+	})
+}
+
 func FuzzDecodeVolume(f *testing.F) {
 	v := &volume{number: 3, record: wire.VolumeRecord{Volume: block.VolumeID{1}, Epoch: 4, Nonce: 5, Generation: 6, Size: 7, Settings: 8, ReadOnly: true},
 		replacedEpoch: 2, replacedNonce: 3, retained: retention{from: 6, list: []block.Generation{1, 4}}, floorVersion: 99}

@@ -600,7 +600,7 @@ func (in *install) status(now clock.Instant) *CopyStatus {
 func (d *disk) background(job *index.Job, done func(error)) {
 	n := d.node
 	n.loading++
-	n.loop.Do(loop.Merge, job.Run, func() {
+	d.loop.Do(loop.Merge, job.Run, func() {
 		err := cmp.Or(d.failed, job.Finish())
 		if err != nil {
 			d.fail(err)

@@ -145,7 +145,7 @@ func (vs *views) begin(p transport.Peer, q *wire.CopyRequest) {
 // read does a view's reading off the loop.
 func (vs *views) read(v *view, work, done func()) {
 	v.asks++
-	vs.node.load(work, func() {
+	v.rep.disk.load(work, func() {
 		v.asks--
 		v.used = vs.node.loop.Now()
 		done()

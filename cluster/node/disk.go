@@ -22,6 +22,7 @@ const indexFolder = "index"
 // disk is one disk: its log, its index, and the replicas that it holds.
 type disk struct {
 	node *Node
+	loop loop.Loop // the node's, with pools of its own for this disk
 	cfg  DiskConfig
 	id   block.DiskID
 	sb   seglog.Superblock
@@ -182,7 +183,7 @@ func (d *disk) start() {
 	if d.failed != nil {
 		return
 	}
-	d.log.Start(d.node.loop, owner{d})
+	d.log.Start(d.loop, owner{d})
 	d.saved = -d.log.Space().ClaimedBytes // what an earlier process has left
 	for _, rep := range d.replicas() {
 		if rep.wasOpen() {
@@ -293,7 +294,7 @@ func (d *disk) fail(err error) {
 	}
 	fs, dir, sb, reason := n.cfg.FS, d.cfg.Dir, d.sb, err.Error()
 	var marked error
-	n.loop.Do(loop.DiskWrite, func() { marked = seglog.MarkFailed(fs, dir, sb, reason) }, func() {
+	d.loop.Do(loop.DiskWrite, func() { marked = seglog.MarkFailed(fs, dir, sb, reason) }, func() {
 		if marked != nil {
 			n.logf("disk %v: mark it as failed: %v", d.id, marked)
 		}
@@ -316,7 +317,7 @@ func (d *disk) close(done func(error)) {
 }
 
 func (d *disk) finishClose(err error, done func(error)) {
-	d.node.loop.Do(loop.Merge, func() { err = cmp.Or(err, d.abandon()) }, func() { done(err) })
+	d.loop.Do(loop.Merge, func() { err = cmp.Or(err, d.abandon()) }, func() { done(err) })
 }
 
 // abandon lets go of all but the log, whose files end with the process. It blocks.

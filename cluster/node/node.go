@@ -68,6 +68,9 @@ type Config struct {
 	Network   transport.Network
 	Meta      meta.Store
 	Loop      loop.Loop
+	// DiskLoop makes the Loop with pools of its own that a disk's blocking work
+	// runs on, so that a disk that hangs does not hold up the others. Nil: Loop.
+	DiskLoop func() loop.Loop
 	// Incarnation differs from that of every earlier process of this node.
 	Incarnation uint64
 	// Created is the date that a disk is formatted with, for people. Optional.
@@ -181,6 +184,9 @@ func Open(ctx context.Context, cfg Config) (*Node, error) {
 	p.Upkeep = cmp.Or(p.Upkeep, DefaultPace.Upkeep)
 	p.CopyBytes = cmp.Or(p.CopyBytes, DefaultPace.CopyBytes)
 
+	if cfg.DiskLoop == nil {
+		cfg.DiskLoop = func() loop.Loop { return cfg.Loop }
+	}
 	n := &Node{cfg: cfg, loop: cfg.Loop, replicas: make(map[block.GroupID]*replica), senders: make(map[transport.Peer]block.NodeID)}
 	n.peers, n.orders, n.space = newPeers(n), newOrders(n), newSpace(n)
 	n.views, n.installs = newViews(n), newInstalls(n)

@@ -15,7 +15,7 @@ import (
 // index recovered. One that cannot be used comes back with failed set, so that the
 // node's others go on; an error, of kind Busy, is that another process has it.
 func openDisk(n *Node, cfg DiskConfig) (*disk, error) {
-	d := &disk{node: n, cfg: cfg}
+	d := &disk{node: n, loop: n.cfg.DiskLoop(), cfg: cfg}
 	err := d.open()
 	switch {
 	case err == nil:
@@ -149,7 +149,7 @@ func (d *disk) watch(now clock.Instant) {
 	fs, dir := n.cfg.FS, d.cfg.Dir
 	var sb seglog.Superblock
 	var err error
-	n.loop.Do(loop.DiskRead, func() { sb, err = seglog.Load(fs, dir) }, func() {
+	d.loop.Do(loop.DiskRead, func() { sb, err = seglog.Load(fs, dir) }, func() {
 		d.watching, d.watched = false, n.loop.Now()
 		switch {
 		case d.failed != nil || n.stopped:
@@ -189,5 +189,5 @@ func (d *disk) makeRoom() {
 		return
 	}
 	d.filling = true
-	d.node.loop.Do(loop.DiskWrite, d.reserve.Retry, func() { d.filling = false })
+	d.loop.Do(loop.DiskWrite, d.reserve.Retry, func() { d.filling = false })
 }

@@ -75,13 +75,14 @@ func (o *op) readBlocks() {
 		finish()
 		return
 	}
-	o.node.load(func() { f.run(q.Chunk) }, finish)
+	o.rep.disk.load(func() { f.run(q.Chunk) }, finish)
 }
 
-// load reads a disk. The disks close only when no such read is under way.
-func (n *Node) load(read, done func()) {
+// load reads the disk. The disks close only when no such read is under way.
+func (d *disk) load(read, done func()) {
+	n := d.node
 	n.loading++
-	n.loop.Do(loop.DiskRead, read, func() {
+	d.loop.Do(loop.DiskRead, read, func() {
 		done()
 		if n.loading--; n.loading == 0 && n.loaded != nil {
 			n.loaded()
@@ -233,5 +234,5 @@ func (o *op) mapBlocks() {
 		return
 	}
 	var err error
-	o.node.load(func() { err = m.Load() }, func() { finish(err) })
+	o.rep.disk.load(func() { err = m.Load() }, func() { finish(err) })
 }

@@ -81,7 +81,7 @@ func (rep *replica) open() {
 	}
 	rep.opening = true
 	n.host.Open(raftgroup.GroupConfig{
-		Group: rep.key.Group, Replica: rep.key.Replica, Disk: rep.disk.id, Log: rep.log(), State: machine{rep},
+		Group: rep.key.Group, Replica: rep.key.Replica, Disk: rep.disk.id, Log: rep.log(), Loop: rep.disk.loop, State: machine{rep},
 		Behind: func(_ *raftgroup.Group, leader block.NodeID, at raftgroup.EntryID) {
 			n.installs.behind(rep, leader, at.Index)
 		},

@@ -204,7 +204,7 @@ func (d *disk) checkpoint(reps []*replica, done func(error)) {
 // run does a job of the index. An error is the disk's end (L8), but for a flush
 // that waits for room.
 func (d *disk) run(job *index.Job, done func(error)) {
-	d.node.loop.Do(loop.Merge, job.Run, func() {
+	d.loop.Do(loop.Merge, job.Run, func() {
 		err := cmp.Or(d.failed, job.Finish())
 		if err != nil && !noSpace(err) {
 			d.fail(err)

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"testing"
 
+	"go.etcd.io/raft/v3/confchange"
 	pb "go.etcd.io/raft/v3/raftpb"
+	"go.etcd.io/raft/v3/tracker"
 
 	"firn.io/firn/cluster/wire"
 	"firn.io/firn/internal/block"
@@ -135,6 +137,73 @@ func FuzzConf(f *testing.F) {
 		c, err := DecodeConf(p)
 		if err == nil && !bytes.Equal(c.Append(nil), p) {
 			t.Fatalf("%x decodes and encodes to %x", p, c.Append(nil))
+		}
+	})
+}
+
+// FuzzChange: of a change of members that decodes and that the configuration
+// allows, the library must make the same; it panics on what it does not allow.
+func FuzzChange(f *testing.F) {
+	three := NewConf(map[block.ReplicaID]block.NodeID{1: 10, 2: 20, 3: 30})
+	confs := []Conf{three}
+	for _, ch := range []Change{
+		{Kind: AddLearner, Members: []Member{{Replica: 4, Node: 40}}},
+		{Kind: Replace, Members: []Member{{Replica: 4, Node: 40}}, Remove: []block.ReplicaID{2}},
+		{Kind: Leave},
+		{Kind: DropLearner, Remove: []block.ReplicaID{4}},
+	} {
+		ch.Base = three.Index
+		if ch.Kind == DropLearner {
+			confs = append(confs, confs[1])
+		}
+		last := confs[len(confs)-1]
+		ch.Base = last.Index
+		p, err := encodeChange(&ch)
+		if err != nil {
+			f.Fatal(err)
+		}
+		for i := range 5 {
+			f.Add(uint8(i), p)
+		}
+		next, ok := last.after(&ch, last.Index+1)
+		if !ok {
+			f.Fatalf("%+v is void after %+v", ch, last)
+		}
+		confs = append(confs, next)
+	}
+	f.Fuzz(func(t *testing.T, which uint8, p []byte) {
+		ch, cc, err := decodeChange(p)
+		if err != nil {
+			return
+		}
+		if again, err := encodeChange(&ch); err != nil || !sameChange(again, cc) {
+			t.Fatalf("%+v encodes to %x, %v", ch, again, err)
+		}
+		before := confs[int(which)%len(confs)]
+		ch.Base = before.Index // so that more of them count
+		next, ok := before.after(&ch, before.Index+1)
+		if !ok {
+			return
+		}
+		changer := confchange.Changer{Tracker: tracker.MakeProgressTracker(1, 1), LastIndex: 1}
+		cfg, progress, err := confchange.Restore(changer, before.state())
+		if err != nil {
+			t.Fatal(err)
+		}
+		changer.Tracker.Config, changer.Tracker.Progress = cfg, progress
+		if auto, joint := cc.EnterJoint(); joint {
+			cfg, _, err = changer.EnterJoint(auto, cc.GetChanges()...)
+		} else if cc.LeaveJoint() {
+			cfg, _, err = changer.LeaveJoint()
+		} else {
+			cfg, _, err = changer.Simple(cc.GetChanges()...)
+		}
+		if err != nil {
+			t.Fatalf("%+v is allowed after %+v, and the library says %v", ch, before, err)
+		}
+		changer.Tracker.Config = cfg
+		if err := changer.Tracker.ConfState().Equivalent(next.state()); err != nil {
+			t.Fatal(err)
 		}
 	})
 }

@@ -61,7 +61,7 @@ type Group struct {
 	windows   []*window
 	loading   bool
 	loadsFor  uint64 // the entry that Raft was told to be compacted because it is being read; 0: none
-	readError error
+	readError error  // of the newest read of the log, for a follower
 }
 
 // proposal is a command on its way to apply.

@@ -22,6 +22,7 @@ import (
 	"firn.io/firn/cluster/transport"
 	"firn.io/firn/cluster/wire"
 	"firn.io/firn/internal/block"
+	"firn.io/firn/internal/loop"
 	"firn.io/firn/internal/payload"
 )
 
@@ -118,6 +119,8 @@ type GroupConfig struct {
 	Disk  block.DiskID
 	Log   Log
 	State StateMachine
+	// Loop is where Log is read, that of its disk. Nil: the host's.
+	Loop loop.Loop
 	// Changed, if set, is called after the leader that this replica knows of,
 	// or the replica's own role, has changed.
 	Changed func(*Group)

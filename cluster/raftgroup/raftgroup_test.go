@@ -160,6 +160,27 @@ func TestFollowerFarBehindIsFedFromTheLog(t *testing.T) {
 	t.Logf("caught up with 300 entries of 16 KiB in %v, %d reads", c.world.Now().Sub(start), p.host.Counters().WindowReads)
 }
 
+// A leader whose log is rotten where a follower has to be fed from it lets
+// another member do that (L4).
+func TestLeaderThatCannotReadItsLogGivesTheLeadAway(t *testing.T) {
+	c := newCluster(t, 6, 3, 1, raftgroup.Limits{RetainedBytes: 64 << 10, WindowBytes: 256 << 10, WindowsBytes: 1 << 20})
+	p := c.elect(1)
+	behind := c.procs[p.id%3]
+	behind.crash()
+	for range 100 {
+		c.ok(c.propose(p, 1, 4))
+	}
+	for _, l := range p.logs {
+		l.rotten = true
+	}
+	behind.start()
+	c.until("another leader", 5*time.Second, func() bool { l := c.leader(1); return l != nil && l != p })
+	c.agree(1)
+	if n := p.host.Counters().ReadErrors; n == 0 {
+		t.Error("no read failed")
+	}
+}
+
 func TestInflightBudget(t *testing.T) {
 	c := newCluster(t, 7, 3, 1, raftgroup.Limits{InflightBytes: 1 << 20})
 	p := c.elect(1)

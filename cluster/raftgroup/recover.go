@@ -23,6 +23,9 @@ func (h *Host) Open(cfg GroupConfig, done func(*Group, error)) {
 		return
 	}
 	h.opening[cfg.Group] = true
+	if cfg.Loop == nil {
+		cfg.Loop = h.loop
+	}
 	g := &Group{host: h, cfg: cfg, staged: make(map[EntryID]held)}
 	r := &recovery{g: g, done: func(err error) {
 		delete(h.opening, cfg.Group)
@@ -103,7 +106,7 @@ func (r *recovery) read() {
 	log, lo, hi := r.g.cfg.Log, r.next, r.last+1
 	var ents []LogEntry
 	var err error
-	r.g.host.loop.Do(loop.DiskRead, func() { ents, err = log.Read(lo, hi, recoveryBytes, false) }, func() {
+	r.g.cfg.Loop.Do(loop.DiskRead, func() { ents, err = log.Read(lo, hi, recoveryBytes, false) }, func() {
 		if err == nil && len(ents) == 0 {
 			err = block.Errorf(block.Corrupt, "entry %d cannot be read", lo)
 		}

@@ -4,6 +4,7 @@ import (
 	"go.etcd.io/raft/v3"
 	pb "go.etcd.io/raft/v3/raftpb"
 
+	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/loop"
 	"firn.io/firn/internal/payload"
 )
@@ -246,7 +247,7 @@ func (g *Group) load(lo uint64) {
 	log := g.cfg.Log
 	var ents []LogEntry
 	var err error
-	h.loop.Do(loop.DiskRead, func() { ents, err = log.Read(lo, hi, h.limits.WindowBytes, true) }, func() {
+	g.cfg.Loop.Do(loop.DiskRead, func() { ents, err = log.Read(lo, hi, h.limits.WindowBytes, true) }, func() {
 		g.loading = false
 		g.loaded(ents, err)
 	})
@@ -255,8 +256,15 @@ func (g *Group) load(lo uint64) {
 func (g *Group) loaded(ents []LogEntry, err error) {
 	h := g.host
 	if err != nil {
-		g.readError = err
 		h.counters.ReadErrors++
+		if g.readError == nil || g.readError.Error() != err.Error() {
+			h.cfg.Logf("group %d: the log cannot be read back for a follower: %v", g.cfg.Group, err)
+		}
+		g.readError = err
+		if block.KindOf(err) == block.Corrupt {
+			// Another member has what this one cannot give (L4).
+			g.SendLeaderAway()
+		}
 	}
 	if err != nil || g.closed || g.failed != nil || len(ents) == 0 {
 		for _, e := range ents {
@@ -266,6 +274,7 @@ func (g *Group) loaded(ents []LogEntry, err error) {
 		}
 		return
 	}
+	g.readError = nil
 	w := &window{group: g, first: ents[0].Index}
 	good := true
 	for i, le := range ents {

@@ -337,7 +337,7 @@ func (l *Log) copyNext() {
 	most := min(moveBlocks, int(l.segmentBlocks())/4)
 	blocks := 0
 	end := g.next
-	for end < len(g.found) && blocks+len(g.found[end].CRCs) <= most {
+	for end < len(g.found) && (end == g.next || blocks+len(g.found[end].CRCs) <= most) {
 		blocks += len(g.found[end].CRCs)
 		end++
 	}

@@ -232,7 +232,9 @@ func (l *Log) fail(err error) {
 	l.logf("%v", l.err)
 	queue := l.w.queue
 	l.w.queue = nil
-	moves := l.w.moves
+	// The batch that is being written keeps its buffers until the disk is done.
+	writing := l.w.round.move
+	moves := slices.DeleteFunc(l.w.moves, func(m *moveBatch) bool { return m == writing })
 	l.w.moves = nil
 	var mark error
 	l.loop.Do(loop.DiskWrite, func() { mark = MarkFailed(l.fs, l.dir, l.sb, err.Error()) }, func() {

@@ -167,3 +167,79 @@ func (r *rig) recovered(workers int) (found []string) {
 	}
 	return found
 }
+
+// What is loaded ahead is bounded, and the one that is waited for is never
+// without room.
+func TestInOrderNeverWaitsForItself(t *testing.T) {
+	t.Parallel()
+	const workers, n = 8, 2000
+	for range 200 {
+		var ahead, used atomic.Int64
+		at := 0
+		inOrder(workers, n, func(i int) int {
+			if a := ahead.Add(1) - used.Load(); a > workers*aheadSegments+1 {
+				t.Errorf("%d are loaded ahead", a)
+			}
+			return i
+		}, func(i, v int) {
+			used.Add(1)
+			if i != at || v != i {
+				t.Fatalf("%d came as %d, expected %d", v, i, at)
+			}
+			at++
+		})
+		if at != n {
+			t.Fatalf("%d of %d were used", at, n)
+		}
+	}
+}
+
+// A disk that fails by other work while survivors are being written lets go of
+// their buffers once, and after the disk has.
+func TestDiskFailsWhileSurvivorsAreWritten(t *testing.T) {
+	t.Parallel()
+	g := newRig(t, 1, minSegmentBytes, 12)
+	g.open()
+	stay, busy := ReplicaKey{1, 1}, ReplicaKey{9, 1}
+	g.create(stay)
+	g.create(busy)
+	g.grown(stay, 5, 3)
+	failed := false
+	step := func() {
+		for range 200 {
+			g.run(10 * time.Microsecond)
+			if w := &g.log.w; !failed && w.busy && w.round.move != nil {
+				failed = true
+				m, ended := w.round.move, 0
+				done := m.done
+				m.done = func(err error) {
+					if ended++; ended > 1 || w.busy {
+						t.Errorf("ended %d times, while the disk writes: %v", ended, w.busy)
+					}
+					done(err)
+				}
+				g.log.fail(errors.New("another file: input/output error"))
+				g.run(time.Second)
+				if ended != 1 {
+					t.Errorf("the survivors were ended %d times", ended)
+				}
+			}
+			if failed {
+				return
+			}
+		}
+	}
+	for range 24 {
+		g.grown(busy, 5, 10)
+		step()
+		if failed {
+			return
+		}
+		g.saved(0, stay, busy)
+		step()
+		if failed {
+			return
+		}
+	}
+	t.Fatal("no survivors were written")
+}

@@ -61,13 +61,23 @@ func inOrder[T any](workers, n int, load func(i int) T, use func(i int, v T)) {
 	}
 	room := make(chan struct{}, workers*aheadSegments)
 	var wait sync.WaitGroup
+	// Room is taken before an index is: whoever has the lowest index never waits
+	// for the room of those that wait for its result.
+	next := make(chan int)
 	wait.Go(func() {
-		_ = each(workers, n, func(i int) error {
+		defer close(next)
+		for i := range n {
 			room <- struct{}{}
-			results[i] <- load(i)
-			return nil
-		})
+			next <- i
+		}
 	})
+	for range min(workers, n) {
+		wait.Go(func() {
+			for i := range next {
+				results[i] <- load(i)
+			}
+		})
+	}
 	for i := range n {
 		v := <-results[i]
 		use(i, v)

@@ -683,6 +683,9 @@ func (l *Log) finish() {
 	}
 	r.tails = r.tails[:0]
 	clear(r.bufs)
+	if r.err == nil {
+		r.err = l.err // other work has failed meanwhile
+	}
 	if r.err != nil {
 		l.finishFailed()
 		return
@@ -778,8 +781,12 @@ func (l *Log) finishFailed() {
 	err := r.err
 	parts := r.parts
 	r.parts = nil
+	m, late := r.move, l.err != nil
 	r.move = nil
 	l.fail(err)
+	if late && m != nil {
+		m.done(l.err)
+	}
 	for _, p := range parts {
 		p.q.releasePayloads(p.from, p.to)
 		if p.final {

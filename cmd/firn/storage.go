@@ -87,7 +87,7 @@ func openStorage(ctx context.Context, cfg storageConfig, parts *stack) (*storage
 		FS: fs, OpenStore: func(dir string, room *vfs.Reserve) (index.Store, error) {
 			return pebblestore.Open(dir, pebblestore.Options{FS: pebblefs.New(fs, vfs.ClassIndex), Room: room, Log: slog.Default()})
 		},
-		Network: network, Meta: cfg.store, Loop: l, Incarnation: session, Created: time.Now().UTC().Format(time.RFC3339),
+		Network: network, Meta: cfg.store, Loop: l, DiskLoop: func() loop.Loop { return l.Lane(loop.DefaultLimits) }, Incarnation: session, Created: time.Now().UTC().Format(time.RFC3339),
 		Parallel:  recoveryReaders,
 		NewDiskID: func() block.DiskID { return block.NewUUID() },
 		Logf:      func(format string, args ...any) { slog.Info(fmt.Sprintf(format, args...), "node", cfg.id) },

@@ -178,3 +178,24 @@ func BenchmarkSystemPost(b *testing.B) {
 	}
 	s.Call(fn)
 }
+
+// Work that hangs on one lane holds up neither the other nor the loop.
+func TestLanesDoNotWaitForOneAnother(t *testing.T) {
+	limits := loop.Limits{loop.DiskRead: 1, loop.Merge: 1}
+	s := loop.NewSystem(clock.System{}, limits)
+	defer s.Stop()
+	stuck, well := s.Lane(limits), s.Lane(limits)
+	hang, hung, done := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	defer close(hang)
+	s.Call(func() {
+		stuck.Do(loop.DiskRead, func() { close(hung); <-hang }, func() {})
+		stuck.Do(loop.DiskRead, func() {}, func() { t.Error("a second piece of work ran beside the one that hangs") })
+	})
+	<-hung
+	s.Call(func() {
+		well.Do(loop.DiskRead, func() {}, func() {
+			s.Do(loop.DiskRead, func() {}, func() { close(done) })
+		})
+	})
+	<-done
+}

@@ -12,7 +12,7 @@ import (
 // Limits are how many pieces of blocking work of each class run at once.
 type Limits [NumClasses]int
 
-// DefaultLimits suit one node or gateway of a few disks.
+// DefaultLimits suit one node or gateway, and each disk of a node.
 var DefaultLimits = Limits{DiskWrite: 16, DiskRead: 32, Merge: 2, Meta: 8}
 
 // System is the Loop of a running process. Its queue is bounded by what the
@@ -26,7 +26,8 @@ type System struct {
 	wake    *sync.Cond
 	queue   []func()
 	stopped bool
-	pools   [NumClasses]pool
+	pools   pools
+	lanes   []*Lane
 
 	// Used on the loop only.
 	now      clock.Instant
@@ -34,6 +35,21 @@ type System struct {
 
 	workers sync.WaitGroup
 	done    chan struct{} // closed when the loop's goroutine has ended
+}
+
+// pools run blocking work, under the mutex of their System.
+type pools [NumClasses]pool
+
+func (p *pools) limit(l Limits) {
+	for i := range p {
+		p[i].limit = max(1, l[i])
+	}
+}
+
+func (p *pools) drop() {
+	for i := range p {
+		p[i].waiting = nil
+	}
 }
 
 type pool struct {
@@ -47,9 +63,7 @@ type job struct{ work, done func() }
 func NewSystem(c clock.Clock, limits Limits) *System {
 	s := &System{clock: c, rand: rand.New(rand.NewPCG(rand.Uint64(), rand.Uint64())), done: make(chan struct{})}
 	s.wake = sync.NewCond(&s.mu)
-	for i := range s.pools {
-		s.pools[i].limit = max(1, limits[i])
-	}
+	s.pools.limit(limits)
 	go s.run()
 	return s
 }
@@ -104,10 +118,31 @@ func (s *System) Post(fn func()) {
 func (s *System) Defer(fn func()) { s.deferred = append(s.deferred, fn) }
 
 // Do implements Loop.
-func (s *System) Do(c Class, work func(), done func()) {
+func (s *System) Do(c Class, work func(), done func()) { s.do(&s.pools[c], work, done) }
+
+// Lane is a System with pools of its own: work that hangs on it, as on a disk
+// that does not answer, holds up no work of others.
+type Lane struct {
+	*System
+	pools pools
+}
+
+// Lane makes one. It ends with the System.
+func (s *System) Lane(limits Limits) *Lane {
+	l := &Lane{System: s}
+	l.pools.limit(limits)
+	s.mu.Lock()
+	s.lanes = append(s.lanes, l)
+	s.mu.Unlock()
+	return l
+}
+
+// Do implements Loop.
+func (l *Lane) Do(c Class, work func(), done func()) { l.do(&l.pools[c], work, done) }
+
+func (s *System) do(p *pool, work func(), done func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p := &s.pools[c]
 	if s.stopped {
 		return
 	}
@@ -169,8 +204,9 @@ func (s *System) Stop() {
 	s.mu.Lock()
 	s.stopped = true
 	s.queue = nil
-	for i := range s.pools {
-		s.pools[i].waiting = nil
+	s.pools.drop()
+	for _, l := range s.lanes {
+		l.pools.drop()
 	}
 	s.wake.Signal()
 	s.mu.Unlock()

@@ -94,6 +94,8 @@ func (h *churner) poll() {
 		if _, err := meta.GetVolume(c.ctx, c.Meta.Client(), h.id); errors.Is(err, block.NotFound) {
 			h.deleted++
 			h.enter(churnCreate)
+		} else if late { // a backup of the metadata forgot that it was deleted
+			h.enter(churnDelete)
 		}
 	}
 }

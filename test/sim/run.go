@@ -37,6 +37,7 @@ type Report struct {
 	Recovery, Stall time.Duration
 	Faults          map[string]int
 	Operations      uint64
+	Failed          uint64 // of them, for a reason that faults excuse
 	Acked, Unknown  uint64
 	Checked         uint64 // sectors judged
 	Ordered         int    // operations that porcupine found an order of
@@ -57,10 +58,10 @@ func (r Report) String() string {
 	sort.Strings(faults)
 	return fmt.Sprintf("seed %d: %d events in %v of virtual time, trace %016x\n"+
 		"  faults: %s\n"+
-		"  %d operations, %d writes acknowledged, %d of unknown outcome, %d sectors judged, %d operations ordered, %d digests compared\n"+
+		"  %d operations, %d of them failed, %d writes acknowledged, %d of unknown outcome, %d sectors judged, %d operations ordered, %d digests compared\n"+
 		"  %d resizes, %d volumes deleted, %d batches repeated; longest stall %v; after the faults all operations were answered within %v\n"+
 		"  %d blocks live, %d readable, %d read on each replica; all read again without a minority: %v",
-		r.Seed, r.Events, r.Virtual, r.Trace, strings.Join(faults, ", "), r.Operations, r.Acked, r.Unknown, r.Checked, r.Ordered, r.Digests,
+		r.Seed, r.Events, r.Virtual, r.Trace, strings.Join(faults, ", "), r.Operations, r.Failed, r.Acked, r.Unknown, r.Checked, r.Ordered, r.Digests,
 		r.Resizes, r.Deleted, r.Repeated, r.Stall, r.Recovery, r.Live, r.Readable, r.Read, r.Survivors)
 }
 
@@ -113,7 +114,7 @@ func (c *Cluster) run(r *Report) error {
 	f := &faults{c: c, counts: r.Faults}
 	z, h := &resizer{c: c, w: w}, &churner{c: c}
 	defer func() {
-		r.Operations, r.Stall = w.ended, w.stall
+		r.Operations, r.Failed, r.Stall = w.ended, w.failed, w.stall
 		r.Acked, r.Unknown, r.Checked = w.history.Counts()
 		r.Trace = c.trace.Sum64() ^ w.trace.h
 		r.Resizes, r.Deleted, r.Repeated = z.done, h.deleted, c.Net.Repeated()

@@ -26,7 +26,7 @@ type workload struct {
 	inFlight map[*operation]struct{}
 	open     []change // without an answer, in order; they may still take effect
 	ended    uint64
-	failed   uint64
+	failed   uint64        // of ended; each for a reason that may be
 	stall    time.Duration // the longest that an operation took which succeeded
 	fault    error
 	trace    trace
@@ -192,15 +192,28 @@ func (w *workload) end(op *operation, err error) {
 	delete(w.inFlight, op)
 	w.ended++
 	took := w.c.World.Now().Sub(op.begin)
-	if err != nil {
-		w.failed++
-	} else {
+	switch {
+	case err == nil:
 		w.stall = max(w.stall, took)
+	case !excused(err) && w.fault == nil:
+		w.fault = fmt.Errorf("error: %s, begun at %v: %w", op.what, w.c.since(op.begin), err)
+	default:
+		w.failed++
 	}
 	if took > slowOperation {
 		w.c.logf("%s took %v (%v)", op.what, took, err)
 	}
 	w.trace.add("%d %s %d %v", w.c.World.Now(), op.what, took, err)
+}
+
+// excused tells whether an operation may fail so under faults. What else a
+// volume answers, and Unavailable, for it waits instead, is a fault of the run.
+func excused(err error) bool {
+	switch block.KindOf(err) {
+	case block.Canceled, block.Fenced, block.NoSpace, block.OutOfRange:
+		return true
+	}
+	return false
 }
 
 func (w *workload) judge(op *operation, err error) {

@@ -38,6 +38,17 @@ const (
 	maxBackoff       = time.Second
 	keepaliveAfter   = 10 * time.Second
 	keepaliveTimeout = 3 * time.Second
+	// helloTime bounds what comes before the first frame of a stream, for a
+	// client that is not one of ours, or is stuck.
+	helloTime = 5 * time.Second
+)
+
+// Limits of a listener.
+const (
+	// maxStreams of a connection: our own has one, beside calls of other services.
+	maxStreams = 64
+	// maxSessions is above the nodes and gateways of the largest cluster.
+	maxSessions = 4096
 )
 
 // Options of a Network.
@@ -54,11 +65,12 @@ type Options struct {
 
 // Network implements transport.Network.
 type Network struct {
-	opts Options
+	opts      Options
+	helloTime time.Duration // helloTime, but in tests
 }
 
 // New returns a network. It opens nothing until it dials or listens.
-func New(o Options) *Network { return &Network{opts: o} }
+func New(o Options) *Network { return &Network{opts: o, helloTime: helloTime} }
 
 // The streams of the service, by class.
 var streams = [2]grpc.StreamDesc{
@@ -90,7 +102,7 @@ func (n *Network) Listen(ctx context.Context, addr string, h transport.Handler) 
 		grpc.StaticStreamWindowSize(streamWindow), grpc.StaticConnWindowSize(connWindow),
 		grpc.ReadBufferSize(bufferBytes), grpc.WriteBufferSize(bufferBytes),
 		grpc.MaxRecvMsgSize(maxFrameBytes), grpc.MaxSendMsgSize(maxFrameBytes),
-		grpc.WaitForHandlers(true),
+		grpc.WaitForHandlers(true), grpc.MaxConcurrentStreams(maxStreams), grpc.ConnectionTimeout(helloTime),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveAfter, Timeout: keepaliveTimeout}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveAfter / 2, PermitWithoutStream: true}),
 	)

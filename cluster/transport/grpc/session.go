@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -263,8 +264,8 @@ type server struct {
 
 // serve owns one stream of an accepted session.
 func (v *server) serve(c transport.Class, st grpc.ServerStream) error {
-	var f frame
-	if err := st.RecvMsg(&f); err != nil {
+	f, err := v.hello(st)
+	if err != nil {
 		return err
 	}
 	defer release(f.messages)
@@ -292,7 +293,7 @@ func (v *server) serve(c transport.Class, st grpc.ServerStream) error {
 	}
 	s := v.session(id[0], c, st, hello)
 	if s == nil {
-		return status.Error(codes.Unavailable, "shutting down, or the session is over")
+		return status.Error(codes.Unavailable, "shutting down, or the session is over, or there are too many")
 	}
 	if err := st.SendHeader(metadata.MD{}); err != nil {
 		s.end(translate(err))
@@ -320,12 +321,32 @@ func (v *server) serve(c transport.Class, st grpc.ServerStream) error {
 	return err
 }
 
-// session finds or makes the session of a stream; nil if it is over.
+// hello reads the first frame of a stream, which has to come soon: what has not
+// said who it is holds a stream of the connection's few.
+func (v *server) hello(st grpc.ServerStream) (frame, error) {
+	var f frame
+	read := make(chan error, 1) // the reader ends after this handler: RecvMsg ends with the stream
+	go func() { read <- st.RecvMsg(&f) }()
+	timer := time.NewTimer(v.net.helloTime)
+	defer timer.Stop()
+	select {
+	case err := <-read:
+		return f, err
+	case <-timer.C:
+		return frame{}, status.Errorf(codes.DeadlineExceeded, "no hello within %v", v.net.helloTime)
+	}
+}
+
+// session finds or makes the session of a stream; nil if it is over, or there
+// are too many.
 func (v *server) session(id string, c transport.Class, st grpc.ServerStream, hello transport.Hello) *session {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	s := v.sessions[id]
 	if v.stopped {
+		return nil
+	}
+	if s == nil && len(v.sessions) == maxSessions {
 		return nil
 	}
 	if s == nil {
