@@ -390,6 +390,7 @@ func (d *disk) status() DiskStatus {
 	}
 	sp := d.log.Space()
 	s.TakenBytes, s.LogBytes, s.LiveBytes = d.taken(), sp.ClaimedBytes, sp.LiveBytes
+	s.ReserveBytes = d.reserve.Held()
 	s.Log = d.log.Stats()
 	for _, rep := range d.replicas() {
 		s.Replicas++
