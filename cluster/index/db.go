@@ -135,6 +135,9 @@ func (db *DB) Live(s seglog.SegmentID, b uint16) bool {
 	return e != nil && e.bits.get(b, 1) != 0
 }
 
+// KeptTotal is the sum of LiveBlocks over all segments.
+func (db *DB) KeptTotal() int64 { return db.live.total + db.live.held }
+
 // LiveTotal is how many blocks of the disk are live.
 func (db *DB) LiveTotal() int64 { return db.live.total }
 

@@ -121,6 +121,7 @@ func decodeBitmap(p []byte) (bitmap, error) {
 type liveBits struct {
 	segments map[seglog.SegmentID]*segmentLive
 	total    int64
+	held     int64        // of all segments
 	last     *segmentLive // the one used last
 	lastID   seglog.SegmentID
 }
@@ -171,12 +172,18 @@ type holds map[seglog.SegmentID]int
 
 func (l *liveBits) hold(h holds) {
 	for s, n := range h {
-		l.of(s).held += n
+		l.keep(s, n)
 	}
 }
 
 func (l *liveBits) release(h holds) {
 	for s, n := range h {
-		l.of(s).held -= n
+		l.keep(s, -n)
 	}
+}
+
+// keep changes how many blocks of a segment must not be reused yet.
+func (l *liveBits) keep(s seglog.SegmentID, n int) {
+	l.of(s).held += n
+	l.held += int64(n)
 }

@@ -30,7 +30,7 @@ func (db *DB) ApplyMoves(moves []seglog.Move) {
 		// the job ends, and its bit would then vouch for another extent.
 		r.liveRuns(m, func(part seglog.Move) {
 			r.deferred = append(r.deferred, part)
-			db.live.of(part.To.Segment).held += len(part.CRCs)
+			db.live.keep(part.To.Segment, len(part.CRCs))
 		})
 	}
 }
@@ -40,7 +40,7 @@ func (r *Replica) resumeMoves() {
 	r.deferred = nil
 	for i := range waiting {
 		m := &waiting[i]
-		r.db.live.of(m.To.Segment).held -= len(m.CRCs)
+		r.db.live.keep(m.To.Segment, -len(m.CRCs))
 		r.move(m)
 	}
 }

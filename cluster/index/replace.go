@@ -157,7 +157,7 @@ func (c *Copy) Placed(n *Need, skip uint8, count int, at seglog.Location) {
 	for i := range count {
 		n.extent.at[int(n.Skip)+int(skip)+i] = seglog.Location{Segment: at.Segment, Block: at.Block + uint16(i)}
 	}
-	c.r.db.live.of(at.Segment).held += count
+	c.r.db.live.keep(at.Segment, count)
 }
 
 // Abandon lets go of what was placed for chunks that will not be replaced. The
@@ -172,7 +172,7 @@ func (c *Copy) letGo() {
 		for i := range k.extents {
 			for _, at := range k.extents[i].at {
 				if at.Segment != 0 {
-					c.r.db.live.of(at.Segment).held--
+					c.r.db.live.keep(at.Segment, -1)
 				}
 			}
 			k.extents[i].at = nil

@@ -17,6 +17,9 @@ func (o owner) LiveBlocks(seg seglog.SegmentID) int {
 	return o.disk.index.LiveBlocks(seg)
 }
 
+// LiveTotal implements seglog.Owner.
+func (o owner) LiveTotal() int64 { return o.disk.index.KeptTotal() }
+
 // Live implements seglog.Owner.
 func (o owner) Live(seg seglog.SegmentID, b uint16) bool { return o.disk.index.Live(seg, b) }
 

@@ -100,7 +100,7 @@ func (d *disk) recover() error {
 			return seglog.EntryID{Index: index, Term: term}, true
 		},
 		Live:     func(s seglog.SegmentID, _ uint64) bool { return d.index.LiveBlocks(s) > 0 },
-		Begun:    len(d.index.Replicas()) > 0,
+		Known:    d.known(),
 		Parallel: n.cfg.Parallel, Failed: d.fail,
 		Logf: n.cfg.Logf,
 	}
@@ -132,6 +132,14 @@ func (d *disk) recover() error {
 		n.addReplica(rep)
 	}
 	return nil
+}
+
+// known are the replicas that the index holds.
+func (d *disk) known() (keys []seglog.ReplicaKey) {
+	for _, state := range d.index.Replicas() {
+		keys = append(keys, state.Key())
+	}
+	return keys
 }
 
 // remakeStore makes the index anew that could not be opened, if the disk's log
@@ -407,6 +415,7 @@ func (d *disk) status() DiskStatus {
 	}
 	sp := d.log.Space()
 	s.TakenBytes, s.LogBytes, s.LiveBytes = d.taken(), sp.ClaimedBytes, sp.LiveBytes
+	s.ReserveBytes = d.reserve.Held()
 	s.Log = d.log.Stats()
 	for _, rep := range d.replicas() {
 		s.Replicas++

@@ -54,6 +54,8 @@ type DiskStatus struct {
 	// SizeBytes is what Firn may fill, TakenBytes what it has (S7), of which
 	// LogBytes are claimed by logs and LiveBytes are data.
 	SizeBytes, TakenBytes, LogBytes, LiveBytes int64
+	// ReserveBytes is held back for the index and for a start in a full file system.
+	ReserveBytes int64
 	// Log is what the disk's log has done since it was opened.
 	Log seglog.Stats
 	// Pending is the number of updates that no checkpoint holds yet.

@@ -193,10 +193,15 @@ type segmentUse struct {
 // void is a range of batch numbers, both ends included, that a recovery cut
 // off, and a segment that may still hold some of it. No batch of that range
 // ever counts again (L3).
+//
+// Where there are too many such segments to name, it is of anySegment.
 type void struct {
 	from, to uint64
 	segment  SegmentID
 }
+
+// anySegment stands for all that were not written since.
+const anySegment SegmentID = 0
 
 // batch is a decoded header area.
 type batch struct {

@@ -21,6 +21,12 @@ func (p pinned) LiveBlocks(s SegmentID) int {
 	}
 	return 0
 }
+func (p pinned) LiveTotal() (n int64) {
+	for s := range p {
+		n += int64(p.LiveBlocks(s))
+	}
+	return n
+}
 func (p pinned) Live(s SegmentID, b uint16) bool                          { return p[s] }
 func (p pinned) Describe(ReplicaKey, EntryID, []byte) (r Record, ok bool) { return r, false }
 func (p pinned) ApplyMoves([]Move)                                        {}

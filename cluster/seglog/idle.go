@@ -94,7 +94,7 @@ func (l *Log) makeSpare() {
 	if s == nil || l.space.full {
 		return
 	}
-	s.state = making
+	l.setState(s, making)
 	var f vfs.File
 	l.idleDo(func() (err error) {
 		f, err = l.makeFile(s.id)
@@ -103,12 +103,12 @@ func (l *Log) makeSpare() {
 		switch {
 		case err == nil:
 			l.setFile(s, f)
-			s.state = free
+			l.setState(s, free)
 		case block.KindOf(err) == block.NoSpace:
-			s.state = missing
+			l.setState(s, missing)
 			l.refusedFile()
 		default:
-			s.state = missing
+			l.setState(s, missing)
 			l.fail(err)
 		}
 	})
@@ -152,13 +152,14 @@ func (l *Log) giveBack() {
 	}
 	f := s.file
 	l.mu.Lock()
-	s.state, s.file, s.generation, s.zeroed, s.fresh = making, nil, 0, 0, false
+	l.setState(s, making)
+	s.file, s.generation, s.zeroed, s.fresh = nil, 0, 0, false
 	l.mu.Unlock()
 	l.idleDo(func() error {
 		f.Close()
 		return l.fs.Remove(segmentName(l.dir, s.id))
 	}, func(err error) {
-		s.state = missing
+		l.setState(s, missing)
 		l.space.full = false
 		if err != nil {
 			l.logf("segment %d of disk %v cannot be removed: %v", s.id, l.sb.Disk, err)

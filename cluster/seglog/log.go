@@ -23,9 +23,10 @@ type Options struct {
 	// segment (0: any). It is asked at open only, when the head of a segment cannot
 	// be read or no segment is free otherwise; nil is yes.
 	Live func(SegmentID, uint64) bool
-	// Begun says that a log was in use here before, for the index knows of it: one
-	// without any state table is of kind Corrupt then, and not begun anew.
-	Begun bool
+	// Known are the replicas of the index. With any, the log was in use before: one
+	// without a state table is of kind Corrupt then, and not begun anew. One that a
+	// rotten log does not know is damaged (L4).
+	Known []ReplicaKey
 	// Parallel is how many goroutines read the disk while it opens, and for one
 	// ReadEach; 0 and 1: none but the caller's, in an order that replays.
 	Parallel int
@@ -59,9 +60,13 @@ type Log struct {
 	owner Owner
 
 	maxSegments int
-	claimed     int // segments with claims
 	mu          sync.RWMutex
 	segs        []*segment // segs[i] has id i+1
+	// What Space would have to look at every segment for:
+	counts      [numStates]int         // of segs, by state
+	claimed     map[SegmentID]*segment // with claims
+	claimBlocks int64                  // of all
+	looks       int                    // segments opened or sealed since all were looked at
 	replicas    map[ReplicaKey]*Replica
 	order       []*Replica // by key
 	shut        bool       // the files are closed

@@ -121,7 +121,7 @@ func TestLostLogIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	o := g.options()
-	o.Begun = true
+	o.Known = []ReplicaKey{{1, 1}}
 	if _, err := Open(g.fs, rigDir, g.sb, o); err == nil || block.KindOf(err) != block.Corrupt || !strings.Contains(err.Error(), "put it back") {
 		t.Errorf("a log that is gone: %v", err)
 	}

@@ -17,6 +17,10 @@ import (
 // have been in flight at a crash.
 const voidSkip = 64
 
+// maxVoidSegments bounds the segments that a recovery names one by one as those
+// that may hold what it voids: a state table lists them until each was used again.
+const maxVoidSegments = 64
+
 // minSegments is what a log needs: an open one per stream, their successors,
 // and room to collect.
 const minSegments = 8
@@ -91,7 +95,7 @@ func Open(fs vfs.FS, dir string, sb Superblock, o Options) (*Log, error) {
 		return nil, block.Errorf(block.Unavailable, "disk %v in %s has failed and must be replaced: %s", sb.Disk, dir, why)
 	}
 	l := &Log{fs: fs, dir: dir, sb: sb, opt: o, maxSegments: int(min(o.CapacityBytes/sb.SegmentBytes, 1<<31)),
-		replicas: make(map[ReplicaKey]*Replica), kept: make(kept)}
+		replicas: make(map[ReplicaKey]*Replica), kept: make(kept), claimed: make(map[SegmentID]*segment)}
 	if l.maxSegments < minSegments {
 		return nil, block.Errorf(block.Invalid, "a disk of %d bytes is too small: it needs at least %d segments of %d bytes", o.CapacityBytes, minSegments, sb.SegmentBytes)
 	}
@@ -99,6 +103,7 @@ func Open(fs vfs.FS, dir string, sb Superblock, o Options) (*Log, error) {
 	r := &recovery{l: l, heads: make(map[SegmentID]header), reps: make(map[ReplicaKey]*rebuilt)}
 	err := r.run()
 	if err == nil {
+		l.count()
 		err = l.cut(r)
 	}
 	if err != nil {
@@ -125,7 +130,7 @@ func (r *recovery) run() error {
 			return err
 		}
 	}
-	if r.table.number == 0 && r.l.opt.Begun {
+	if r.table.number == 0 && len(r.l.opt.Known) > 0 {
 		return block.Errorf(block.Corrupt, "the index of this disk holds replicas, and no segment in %s begins with a state table that can be read: "+
 			"the log was removed, or has rotted. If it was moved away, put it back; otherwise replace the disk, and its replicas are filled from others. Nothing on it was changed",
 			path.Join(r.l.dir, logFolder))
@@ -378,10 +383,14 @@ func (r *recovery) replay(b *batch) {
 			}
 		}
 		for i := range b.sections {
-			if x := r.reps[b.sections[i].key]; x != nil {
-				x.state(&b.sections[i], b.number)
-				x.table(&b.sections[i])
+			s := &b.sections[i]
+			x := r.reps[s.key]
+			if x == nil { // the batch that created it has rotted; its entries are missing
+				x = &rebuilt{key: s.key, base: s.trunc.Index}
+				r.reps[s.key] = x
 			}
+			x.state(s, b.number)
+			x.table(s)
 		}
 	case b.kind == kindWrites:
 		ord := 0
@@ -400,8 +409,12 @@ func (r *recovery) replaySection(b *batch, s *section, ord int) {
 		x = &rebuilt{key: s.key, base: s.trunc.Index}
 		r.reps[s.key] = x
 	}
+	if x == nil && newer && s.flags&sectionRemove == 0 {
+		x = &rebuilt{key: s.key, base: s.trunc.Index, gap: "the batch that created it has rotted"}
+		r.reps[s.key] = x
+	}
 	if x == nil {
-		return // removed since, or never complete
+		return // removed since
 	}
 	if s.flags&sectionReset != 0 {
 		x.slots, x.terms = nil, nil
@@ -520,6 +533,13 @@ func (r *recovery) judge() {
 // settle makes replicas of what was rebuilt, and finds the damaged ones (L4, L6).
 func (r *recovery) settle() {
 	l := r.l
+	for _, k := range l.opt.Known {
+		// All that the log said of it may have been in what has rotted: its vote, too.
+		if id, ok := l.appliedOf(k); ok && r.reps[k] == nil && len(r.rots) > 0 {
+			r.reps[k] = &rebuilt{key: k, base: id.Index, trunc: id, last: id, hard: HardState{Term: id.Term, Commit: id.Index},
+				gap: "the index knows it, and the log does not: what it said of it may have rotted"}
+		}
+	}
 	keys := make([]ReplicaKey, 0, len(r.reps))
 	for k := range r.reps {
 		keys = append(keys, k)
@@ -614,10 +634,14 @@ func (l *Log) cut(r *recovery) error {
 	w.voids = r.voids
 	if r.table.number > 0 {
 		w.number += voidSkip
+		was := len(w.voids)
 		for _, s := range l.segs {
 			if s.state == open || s.state == free && !s.fresh && s.file != nil {
 				w.voids = append(w.voids, void{last + 1, last + voidSkip, s.id})
 			}
+		}
+		if len(w.voids) > was+maxVoidSegments {
+			w.voids = append(w.voids[:was], void{last + 1, last + voidSkip, anySegment})
 		}
 	}
 	s := w.open[fresh]
@@ -661,7 +685,8 @@ func (l *Log) sealNow(stream int) error {
 	if err := l.writeNow(); err != nil {
 		return err
 	}
-	s.state, l.w.open[stream] = sealed, nil
+	l.setState(s, sealed)
+	l.w.open[stream] = nil
 	return nil
 }
 

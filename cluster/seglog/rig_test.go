@@ -185,6 +185,19 @@ func (x *modelIndex) LiveBlocks(seg SegmentID) int {
 	return len(live)
 }
 
+func (x *modelIndex) LiveTotal() (n int64) {
+	seen := map[SegmentID]bool{}
+	for _, c := range []*checkpoint{&x.now, &x.durable} {
+		for _, b := range c.blocks {
+			if !seen[b.loc.Segment] {
+				seen[b.loc.Segment] = true
+				n += int64(x.LiveBlocks(b.loc.Segment))
+			}
+		}
+	}
+	return n
+}
+
 func (x *modelIndex) Live(seg SegmentID, b uint16) bool {
 	for _, at := range x.now.blocks {
 		if at.loc == (Location{seg, b}) {

@@ -288,3 +288,45 @@ func TestFailedSyncIsFinal(t *testing.T) {
 		t.Fatalf("%v, %v", failed, err)
 	}
 }
+
+// TestRottenCreation: a replica whose creation has rotted is damaged, not forgotten:
+// made anew it would vote a second time. That holds for one that later batches
+// speak of, and for one that only the index knows.
+func TestRottenCreation(t *testing.T) {
+	t.Parallel()
+	for _, idle := range []bool{false, true} {
+		a, b := ReplicaKey{1, 1}, ReplicaKey{2, 1}
+		g := newRig(t, 1, minSegmentBytes, 12)
+		g.damaged = true
+		g.open()
+		g.create(a)
+		g.run(time.Millisecond)
+		at := g.log.w.open[fresh].next
+		g.create(b)
+		g.run(time.Millisecond)
+		g.append(a, 11, 5, 1)
+		g.run(time.Millisecond)
+		if !idle {
+			g.append(b, 11, 5, 1)
+			g.run(time.Millisecond)
+		}
+		g.index.durable.applied = map[ReplicaKey]EntryID{a: {10, 5}, b: {10, 5}}
+		g.loop.Kill()
+		g.rot(1, at, 130)
+		for pass := range 2 {
+			g.index.now = g.index.durable.clone()
+			o := g.options()
+			o.Known = []ReplicaKey{a, b}
+			l, err := Open(g.fs, rigDir, g.sb, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if l.Replica(b) == nil || l.Replica(b).Damaged() == "" {
+				t.Errorf("idle %v, pass %d: the replica is forgotten, or trusted: %v", idle, pass, l.Damaged())
+			}
+			if l.Replica(a) == nil || l.Replica(a).LastIndex() < 11 {
+				t.Errorf("idle %v, pass %d: the other one has lost something", idle, pass)
+			}
+		}
+	}
+}

@@ -119,6 +119,8 @@ type Owner interface {
 	// the last durable checkpoints, memory or a frozen delta refer to. A segment
 	// with 0 may be overwritten at once.
 	LiveBlocks(seg SegmentID) int
+	// LiveTotal is the sum of LiveBlocks over all segments.
+	LiveTotal() int64
 	// Live tells whether the index may point at block b of a segment.
 	Live(seg SegmentID, b uint16) bool
 	// Describe decodes the data of an entry with payload: which blocks it wrote.

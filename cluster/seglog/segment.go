@@ -1,9 +1,11 @@
 package seglog
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"path"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -23,6 +25,7 @@ const (
 	free                        // may be opened
 	open                        // the tail of a stream
 	sealed                      // full; holds what is claimed or live
+	numStates
 )
 
 // segment is one numbered file of the log.
@@ -48,6 +51,11 @@ type segment struct {
 	zeroed  int64  // bytes that were zeroed ahead
 	// collected is the poke at which its survivors had been moved; 0 if never.
 	collected uint64
+}
+
+// mayHold tells whether a segment was not written since v was voided.
+func (s *segment) mayHold(v void) bool {
+	return s.state != missing && !s.fresh && s.last <= v.to && s.generation <= v.to
 }
 
 func segmentName(dir string, id SegmentID) string {
@@ -235,7 +243,8 @@ func (l *Log) reap() {
 			s.freedAt = 1 + l.pins.tick()
 		}
 		if oldest > s.freedAt-1 {
-			s.state, s.freedAt, s.collected = free, 0, 0
+			l.setState(s, free)
+			s.freedAt, s.collected = 0, 0
 			l.space.reused += l.sb.SegmentBytes
 			freed = true
 		}
@@ -245,17 +254,43 @@ func (l *Log) reap() {
 	}
 }
 
-// usable counts segments that can be opened now, or could be made.
-func (l *Log) usable() (ready, possible int) {
-	made := 0
+// setState changes what a segment is used for.
+func (l *Log) setState(s *segment, to segmentState) {
+	l.counts[s.state]--
+	l.counts[to]++
+	s.state = to
+}
+
+// count counts the segments of each state, as recovery found them.
+func (l *Log) count() {
+	l.counts = [numStates]int{}
 	for _, s := range l.segs {
-		switch {
-		case s.state == free:
-			ready++
-		case s.state != missing:
-			made++
+		l.counts[s.state]++
+	}
+}
+
+// inUse returns the open segments and those with claims, in the order of their ids.
+func (l *Log) inUse() []*segment {
+	out := make([]*segment, 0, len(l.claimed)+numStreams)
+	for _, s := range l.claimed {
+		out = append(out, s)
+	}
+	for _, s := range l.w.open {
+		if s != nil && s.claims == 0 {
+			out = append(out, s)
 		}
 	}
+	if r := l.w.round.seg; l.w.busy && r != nil && r.state == open && r.claims == 0 && l.w.open[l.w.round.header.stream] != r {
+		out = append(out, r) // it is being opened
+	}
+	slices.SortFunc(out, func(a, b *segment) int { return cmp.Compare(a.id, b.id) })
+	return out
+}
+
+// usable counts segments that can be opened now, or could be made.
+func (l *Log) usable() (ready, possible int) {
+	ready = l.counts[free]
+	made := len(l.segs) - l.counts[missing] - ready
 	if l.space.full {
 		return ready, ready
 	}
@@ -287,27 +322,18 @@ func (l *Log) pick(reserve int) *segment {
 
 // vacant returns a segment without a file within the capacity, nil if none.
 func (l *Log) vacant() *segment {
-	made := 0
-	var hole *segment
-	for _, s := range l.segs {
-		if s.state == missing {
-			if hole == nil {
-				hole = s
-			}
-		} else {
-			made++
-		}
-	}
-	if made >= l.maxSegments {
+	if l.filesMade() >= l.maxSegments {
 		return nil
 	}
-	if hole == nil {
-		hole = &segment{id: SegmentID(len(l.segs) + 1)}
-		l.mu.Lock()
-		l.segs = append(l.segs, hole)
-		l.mu.Unlock()
+	if l.counts[missing] > 0 {
+		return l.segs[slices.IndexFunc(l.segs, func(s *segment) bool { return s.state == missing })]
 	}
-	return hole
+	s := &segment{id: SegmentID(len(l.segs) + 1)}
+	l.mu.Lock()
+	l.segs = append(l.segs, s)
+	l.mu.Unlock()
+	l.counts[missing]++
+	return s
 }
 
 // claimEnd is claims that entries had on a segment.
@@ -332,10 +358,11 @@ func appendClaimEnd(ends []claimEnd, s slot) []claimEnd {
 // claim notes that an entry with so much payload is in s.
 func (l *Log) claim(s *segment, payloadBytes int) {
 	if s.claims == 0 {
-		l.claimed++
+		l.claimed[s.id] = s
 	}
 	s.claims++
 	s.claimBlocks += int64(blocksOf(payloadBytes))
+	l.claimBlocks += int64(blocksOf(payloadBytes))
 }
 
 func (l *Log) endClaims(ends []claimEnd) {
@@ -343,11 +370,12 @@ func (l *Log) endClaims(ends []claimEnd) {
 		s := l.segment(e.segment)
 		s.claims -= int(e.n)
 		s.claimBlocks -= int64(e.blocks)
+		l.claimBlocks -= int64(e.blocks)
 		if s.claims < 0 || s.claimBlocks < 0 {
 			panic(fmt.Sprintf("seglog: segment %d has %d claims", s.id, s.claims))
 		}
 		if s.claims == 0 {
-			l.claimed--
+			delete(l.claimed, s.id)
 		}
 	}
 }
@@ -379,35 +407,24 @@ func (l *Log) refusedFile() {
 }
 
 // filesMade counts the segments that have a file.
-func (l *Log) filesMade() (n int) {
-	for _, s := range l.segs {
-		if s.state != missing {
-			n++
-		}
-	}
-	return n
-}
+func (l *Log) filesMade() int { return len(l.segs) - l.counts[missing] }
 
 // Stalled tells whether writes wait for a segment to become free.
 func (l *Log) Stalled() bool { return l.w.stalled }
 
-// Space tells how the room of the disk is used.
+// Space tells how the room of the disk is used. It looks at the segments with
+// claims, which the cap of the log bounds, and at no others.
 func (l *Log) Space() Space {
 	sp := Space{TotalBytes: int64(l.maxSegments) * l.sb.SegmentBytes, ReusedBytes: l.space.reused,
 		MovedBytes: int64(l.stats.MoveBlocks) * block.Size, Pins: l.pins.count(), Refused: l.space.refused}
-	for _, s := range l.segs {
-		if s.state != missing {
-			sp.FileBytes += l.sb.SegmentBytes
-		}
-		if s.state == sealed || s.state == open {
-			sp.LiveBytes += int64(l.live(s)) * block.Size
-			sp.ClaimedBytes += s.claimBlocks * block.Size
-			if s.claims > 0 || s.state == open {
-				sp.HeldBytes += l.sb.SegmentBytes
-			} else {
-				sp.HeldBytes += int64(l.live(s)) * block.Size
-			}
-		}
+	sp.FileBytes = int64(l.filesMade()) * l.sb.SegmentBytes
+	sp.ClaimedBytes = l.claimBlocks * block.Size
+	if l.owner != nil {
+		sp.LiveBytes = l.owner.LiveTotal() * block.Size
+	}
+	sp.HeldBytes = sp.LiveBytes
+	for _, s := range l.inUse() {
+		sp.HeldBytes += l.sb.SegmentBytes - int64(l.live(s))*block.Size
 	}
 	_, possible := l.usable()
 	sp.FreeBytes = int64(possible) * l.sb.SegmentBytes

@@ -1,6 +1,7 @@
 package seglog
 
 import (
+	"slices"
 	"time"
 
 	"firn.io/firn/internal/block"
@@ -15,6 +16,14 @@ const maxBatchBlocks = 4 << 20 / block.Size
 
 // stallRetry is how often a writer without a free segment looks again.
 const stallRetry = 20 * time.Millisecond
+
+const (
+	// lookPart is which part of a large disk's segments is opened between two
+	// looks at all of them for what became free, or is worth collecting.
+	lookPart = 1 << 11
+	// lookFree is how few free segments make it look at each one that is opened.
+	lookFree = 64
+)
 
 // write is a queued Write.
 type write struct {
@@ -201,13 +210,8 @@ func (l *Log) other(stream int) int {
 func (l *Log) prepare(stream int) bool {
 	w := &l.w
 	s := w.open[stream]
-	// New data leaves two segments: truncations and survivors are what frees some.
-	reserve := 0
-	if stream == fresh {
-		reserve = 2
-	}
 	if s == nil {
-		s = l.pick(reserve)
+		s = l.successor(stream)
 		if s == nil && stream == fresh && l.nextTruncation() != nil {
 			if s = l.pick(0); s != nil {
 				s.reserved = true
@@ -220,7 +224,7 @@ func (l *Log) prepare(stream int) bool {
 		return true
 	}
 	if s.reserved {
-		if _, possible := l.usable(); possible < 2 && l.room(s) > 0 {
+		if _, possible := l.usable(); (possible < 2 || l.tableBytes() > maxTableBytes) && l.room(s) > 0 {
 			return l.layTruncations(s)
 		}
 		s.reserved = false
@@ -233,7 +237,7 @@ func (l *Log) prepare(stream int) bool {
 		return true
 	}
 	// Without a successor it stays open, so that a recovery can log its cut in it.
-	if l.pick(reserve) == nil && (stream != fresh || l.nextTruncation() == nil || l.pick(0) == nil) {
+	if l.successor(stream) == nil && (stream != fresh || l.nextTruncation() == nil || l.pick(0) == nil) {
 		return false
 	}
 	l.beginBatch(s, kindSeal, stream)
@@ -309,7 +313,8 @@ func (l *Log) endBatch(e *encoder) {
 // beginTable builds the state table that opens a segment (L5).
 func (l *Log) beginTable(s *segment, stream int) {
 	l.mu.Lock()
-	s.state, s.next, s.generation = open, 0, l.w.number
+	l.setState(s, open)
+	s.next, s.generation = 0, l.w.number
 	delete(l.kept, s.id)
 	l.mu.Unlock()
 	l.beginBatch(s, kindTable, stream)
@@ -333,7 +338,7 @@ func (l *Log) encodeTable() {
 		}
 	}
 	var claimed []segmentUse
-	for _, s := range l.segs {
+	for _, s := range l.inUse() {
 		if s.claims > 0 && s.state == sealed || s.state == open {
 			claimed = append(claimed, segmentUse{s.id, s.generation})
 		}
@@ -342,7 +347,7 @@ func (l *Log) encodeTable() {
 	kept := w.voids[:0]
 	for _, v := range w.voids {
 		// A batch written there since has taken the place of what was torn.
-		if s := l.segment(v.segment); s != nil && s.state != missing && s.last <= v.to && s.generation <= v.to {
+		if s := l.segment(v.segment); s != nil && s.mayHold(v) || v.segment == anySegment && slices.ContainsFunc(l.segs, func(s *segment) bool { return s.mayHold(v) }) {
 			kept = append(kept, v)
 		}
 	}
@@ -351,10 +356,28 @@ func (l *Log) encodeTable() {
 	l.endBatch(&e)
 }
 
-// tableBlocks bounds the size of a state table.
-func (l *Log) tableBlocks() uint32 {
+// tableBytes bounds the size of a state table.
+func (l *Log) tableBytes() int {
 	const perReplica, perSegment, perVoid = sectionBytes, 2 * 10, 3 * 10
-	return blocksOf(fixedBytes + 64 + (len(l.order)+1)*perReplica + (l.claimed+numStreams)*perSegment + len(l.w.voids)*perVoid)
+	return fixedBytes + 64 + (len(l.order)+1)*perReplica + (len(l.claimed)+numStreams)*perSegment + len(l.w.voids)*perVoid
+}
+
+func (l *Log) tableBlocks() uint32 { return blocksOf(l.tableBytes()) }
+
+// maxTableBytes is the size of a state table from which on no segment is opened
+// for entries: truncations, which take claims away, find room in the rest.
+const maxTableBytes = maxHeaderBytes * 7 / 8
+
+// successor returns the segment that a stream would go on in, nil if there is none
+// for it. New data leaves two segments: truncations and survivors are what frees some.
+func (l *Log) successor(stream int) *segment {
+	if stream != fresh {
+		return l.pick(0)
+	}
+	if l.tableBytes() > maxTableBytes {
+		return nil
+	}
+	return l.pick(2)
 }
 
 func (l *Log) segmentBlocks() uint32 { return uint32(l.sb.SegmentBytes / block.Size) }
@@ -681,7 +704,8 @@ func (l *Log) finish() {
 	case kindTable:
 		w.open[h.stream], w.table = s, h.number
 	case kindSeal:
-		w.open[h.stream], s.state = nil, sealed
+		w.open[h.stream] = nil
+		l.setState(s, sealed)
 	case kindWrites:
 		l.finishWrites()
 	case kindMoves:
@@ -703,8 +727,12 @@ func (l *Log) finish() {
 	}
 	if h.kind == kindTable || h.kind == kindSeal {
 		s.fresh = false
-		l.reap()
-		l.gc.check = true
+		l.looks++
+		if _, possible := l.usable(); possible < lookFree || l.looks*lookPart >= len(l.segs) {
+			l.looks = 0
+			l.reap()
+			l.gc.check = true
+		}
 	}
 	// What the answers bring about in this turn goes into the next batch.
 	l.pumpLater()
@@ -743,7 +771,8 @@ func (l *Log) finishFailed() {
 	r := &w.round
 	if r.make && r.file == nil && block.KindOf(r.err) == block.NoSpace {
 		l.mu.Lock()
-		r.seg.state, r.seg.generation = missing, 0
+		l.setState(r.seg, missing)
+		r.seg.generation = 0
 		l.mu.Unlock()
 		l.refusedFile()
 		l.stall()

@@ -284,7 +284,7 @@ func nodeProblems(nodes []*clusterpb.Node) (out []*clusterpb.Problem) {
 					what += ": " + d.Reason
 				}
 				out = append(out, &clusterpb.Problem{Severity: "error", What: what,
-					Remedy: "replace it; a disk that failed a sync is not used again"})
+					Remedy: "do what it says, or replace it; a disk that failed a sync is not used again"})
 			}
 		}
 	}

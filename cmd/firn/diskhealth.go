@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 
 	"firn.io/firn/cluster/clusterpb"
@@ -63,8 +64,17 @@ func takeHealth(n *clusterpb.Node, h *wire.NodeHealth) {
 	n.Replicas, n.HaltedReplicas, n.HaltedReason, n.RetiredReplicas = h.Replicas, h.Halted, h.HaltedReason, h.Retired
 	for i := range h.Disks {
 		d := &h.Disks[i]
+		id := d.Disk.String()
+		if d.Disk == (block.DiskID{}) {
+			id = "unknown"
+		}
+		if d.State == wire.DiskFailed && !slices.ContainsFunc(n.Disks, func(to *clusterpb.Disk) bool { return to.Id == id }) {
+			// Left out at the node's start: to etcd it is absent.
+			n.Disks = append(n.Disks, &clusterpb.Disk{Id: id, Failed: true, State: d.State.String(), Reason: d.Reason})
+			continue
+		}
 		for _, to := range n.Disks {
-			if to.Id != d.Disk.String() {
+			if to.Id != id {
 				continue
 			}
 			to.State, to.Reason, to.CorruptReads = d.State.String(), d.Reason, d.Corrupt

@@ -25,6 +25,7 @@ func TestHealthProblems(t *testing.T) {
 		{"full", wire.NodeHealth{Disks: []wire.DiskHealth{{Disk: id, State: wire.DiskFull, RoomBytes: 100, TakenBytes: 95, Reason: "95 % full: writes are refused"}}}, []string{"error"}, "refused"},
 		{"corrupt", wire.NodeHealth{Disks: []wire.DiskHealth{{Disk: id, State: wire.DiskOK, RoomBytes: 100, Corrupt: 2}}}, []string{"error"}, "2 reads failed their checksums"},
 		{"failed", wire.NodeHealth{Disks: []wire.DiskHealth{{Disk: id, State: wire.DiskFailed, Reason: "sync: input/output error"}}}, []string{"error"}, "input/output error"},
+		{"left out", wire.NodeHealth{Disks: []wire.DiskHealth{{State: wire.DiskFailed, Reason: "the disk has format 9"}}}, []string{"error"}, "disk unknown of node 1 has failed: the disk has format 9"},
 		{"halted", wire.NodeHealth{Replicas: 3, Halted: 1, HaltedReason: "group 7 replica 1: its log is damaged"}, []string{"error"}, "1 of 3 replicas take no part: group 7"},
 	} {
 		n := &clusterpb.Node{Id: 1, Alive: true, Disks: []*clusterpb.Disk{{Id: id.String(), CapacityBytes: 200}}}

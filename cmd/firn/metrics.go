@@ -42,6 +42,7 @@ var (
 	diskRoom      = describe("disk_room_bytes", "What live data and logs may take of it: watermarks count from this.", "node", "disk")
 	diskState     = describe("disk_state", "1 ok, 2 filling (75 %), 3 slow (85 %), 4 full (90 %: writes are refused), 5 failed.", "node", "disk")
 	diskCorrupt   = describe("disk_corrupt_reads_total", "Reads and moves of blocks that failed their checksums.", "node", "disk")
+	diskReserve   = describe("disk_reserve_bytes", "Room held back for the index and for a start when others have filled the file system: drawn on then.", "node", "disk")
 	diskFailed    = describe("disk_failed", "1: the disk failed and takes no part.", "node", "disk")
 	nodeReplicas  = describe("node_replicas", "Replicas on the node.", "node")
 	nodeLeading   = describe("node_leading", "Groups that the node leads.", "node")
@@ -90,6 +91,9 @@ func nodeMetrics(id string, fs vfs.FS, status func() (node.Status, bool)) collec
 		}
 		for _, d := range s.Disks {
 			disk := d.ID.String()
+			if d.ID == (block.DiskID{}) {
+				disk = d.Dir // left out before it could say which it is
+			}
 			failed := 0.0
 			if d.Failed != "" {
 				failed = 1
@@ -105,6 +109,7 @@ func nodeMetrics(id string, fs vfs.FS, status func() (node.Status, bool)) collec
 			emit(diskRoom, prometheus.GaugeValue, float64(d.Health.RoomBytes), id, disk)
 			emit(diskState, prometheus.GaugeValue, float64(d.Health.State), id, disk)
 			emit(diskCorrupt, prometheus.CounterValue, float64(d.Health.Corrupt), id, disk)
+			emit(diskReserve, prometheus.GaugeValue, float64(d.ReserveBytes), id, disk)
 			emit(diskFailed, prometheus.GaugeValue, failed, id, disk)
 		}
 		emit(nodeReplicas, prometheus.GaugeValue, float64(len(s.Replicas)), id)

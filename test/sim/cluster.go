@@ -17,13 +17,11 @@ import (
 	"cmp"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"hash"
 	"hash/fnv"
 	"io"
 	"log/slog"
-	"syscall"
 	"time"
 
 	"firn.io/firn/cluster"
@@ -243,9 +241,6 @@ func (s *storage) back(after time.Duration) {
 			// Its operator gives it another disk.
 			c.logf("%v", err)
 			s.replace()
-		case errors.Is(err, block.NoSpace), errors.Is(err, syscall.ENOSPC):
-			c.logf("%v", err)
-			s.back(time.Second) // its supervisor starts it again, until there is room
 		case err != nil:
 			c.fail(err)
 		}
