@@ -106,7 +106,7 @@ type row struct {
 	// totalCPU adds the client's.
 	serverCPU, totalCPU time.Duration
 	// device counts what the server wrote to its disks, with the index's part of
-	// it up to the next checkpoint; zero where unknown.
+	// it up to the next checkpoint.
 	device counters
 }
 
@@ -133,23 +133,30 @@ func measure(ctx context.Context, s server, dir string, each time.Duration) ([]r
 	}
 	var rows []row
 	for _, j := range jobs {
-		before, cpu := run.counters(ctx), run.cpu()
+		before, err := run.usage(ctx)
+		if err != nil {
+			return nil, errors.Join(err, run.died())
+		}
 		res, err := runFio(ctx, run.uri, j, each)
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("job %q: %w", j.name, err), run.died())
 		}
 		r := row{server: s.name, replicas: s.replicas, job: j, fio: res}
+		after, err := run.usage(ctx)
+		if err != nil {
+			return nil, errors.Join(err, run.died())
+		}
 		if res.ops > 0 {
-			r.serverCPU = (run.cpu() - cpu) / time.Duration(res.ops)
+			r.serverCPU = (after.cpu - before.cpu) / time.Duration(res.ops)
 			r.totalCPU = r.serverCPU + res.clientCPU/time.Duration(res.ops)
 		}
-		r.device = run.counters(ctx).minus(before)
+		r.device = after.minus(before.counters)
 		if j.writes() {
-			after, err := run.settled(ctx)
+			settled, err := run.settled(ctx)
 			if err != nil {
 				return nil, errors.Join(err, run.died())
 			}
-			r.device.index = after.index - before.index
+			r.device.index = settled.index - before.index
 		}
 		fmt.Fprintf(os.Stderr, "%-34s %-22s %9.0f op/s  median %v  server CPU %v/op\n", s.name, j.name, res.iops, res.median, r.serverCPU)
 		rows = append(rows, r)

@@ -84,19 +84,25 @@ func serverNames(rows []row) (names []string) {
 
 func (r row) cells() string {
 	ratio := func(part float64) string {
-		if !r.job.writes() || part == 0 {
+		if !r.job.writes() || !r.device.measured || r.fio.bytes == 0 {
 			return "-"
 		}
 		return fmt.Sprintf("%.2f", part/float64(r.fio.bytes))
 	}
 	perOp := func(n float64) string {
-		if n == 0 || r.fio.ops == 0 {
+		if !r.device.measured || r.fio.ops == 0 {
 			return "-"
 		}
 		return fmt.Sprintf("%.2f", n/float64(r.fio.ops))
 	}
+	cost := func(d time.Duration) string {
+		if r.fio.ops == 0 {
+			return "-"
+		}
+		return micros(d)
+	}
 	return fmt.Sprintf("| %s | %.0f | %.0f | %s | %s | %s | %s | %s | %s | %s | %s | %s | %s |", r.server, r.fio.iops, r.fio.bytesPerSec/(1<<20),
-		micros(r.fio.median), micros(r.fio.p99), micros(r.serverCPU), micros(r.totalCPU), perOp(r.device.mallocs),
+		cost(r.fio.median), cost(r.fio.p99), cost(r.serverCPU), cost(r.totalCPU), perOp(r.device.mallocs),
 		ratio(r.device.batches), ratio(r.device.moved), ratio(r.device.zeroed), ratio(r.device.index), perOp(r.device.syncs))
 }
 
@@ -107,7 +113,7 @@ func micros(d time.Duration) string { return fmt.Sprintf("%.0f us", float64(d)/1
 func aims(rows []row, micro []string, p func(string, ...any)) {
 	p("\n### Aims\n\n| what | aim | server | measured |\n|---|---|---|---|")
 	for _, r := range rows {
-		if r.replicas == 0 || r.job.rw != "randwrite" || r.fio.ops == 0 {
+		if r.replicas == 0 || r.job.rw != "randwrite" || r.fio.ops == 0 || !r.device.measured {
 			continue
 		}
 		perReplica := (r.device.batches + r.device.index) / float64(r.fio.bytes) / float64(r.replicas)

@@ -187,28 +187,47 @@ func (r *running) stop() {
 	}
 }
 
-// cpu is the processor time of the server's process so far (threads and
-// reaped children included), in clock ticks of 10 ms.
-func (r *running) cpu() time.Duration {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", r.cmd.Process.Pid))
+// usage is what a server has used so far.
+type usage struct {
+	counters
+	cpu time.Duration
+}
+
+func (r *running) usage(ctx context.Context) (u usage, err error) {
+	if u.counters, err = r.counters(ctx); err == nil {
+		u.cpu, err = processTime(r.cmd.Process.Pid)
+	}
+	return u, err
+}
+
+// processTime is the processor time of a process so far (threads and reaped
+// children included), in clock ticks of 10 ms.
+func processTime(pid int) (time.Duration, error) {
+	path := fmt.Sprintf("/proc/%d/stat", pid)
+	stat, err := os.ReadFile(path)
 	if err != nil {
-		return 0
+		return 0, err
 	}
 	// The fields after the last ')': state is field 3, utime field 14, stime 15.
 	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
 	if len(f) < 13 {
-		return 0
+		return 0, fmt.Errorf("%s has %d fields", path, len(f))
 	}
 	var ticks int64
 	for _, s := range f[11:13] {
-		n, _ := strconv.ParseInt(s, 10, 64)
+		n, err := strconv.ParseInt(s, 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("%s: %w", path, err)
+		}
 		ticks += n
 	}
-	return time.Duration(ticks) * 10 * time.Millisecond
+	return time.Duration(ticks) * 10 * time.Millisecond, nil
 }
 
 // counters are read from /metrics, summed over a process's disks.
 type counters struct {
+	// measured: the server has counters, and they were read.
+	measured bool
 	// batches, moved and zeroed are bytes that logs wrote: entries with all
 	// headers, survivors of collection, spare segments ahead of their use.
 	batches, moved, zeroed float64
@@ -218,7 +237,7 @@ type counters struct {
 }
 
 func (c counters) minus(o counters) counters {
-	return counters{batches: c.batches - o.batches, moved: c.moved - o.moved, zeroed: c.zeroed - o.zeroed,
+	return counters{measured: c.measured && o.measured, batches: c.batches - o.batches, moved: c.moved - o.moved, zeroed: c.zeroed - o.zeroed,
 		index: c.index - o.index, syncs: c.syncs - o.syncs, mallocs: c.mallocs - o.mallocs, pending: c.pending}
 }
 
@@ -226,17 +245,18 @@ func (c counters) minus(o counters) counters {
 // is a minute old.
 const settleTime = 2 * time.Minute
 
-// settled returns the counters, empty for other servers than Firn, once checkpoints hold all that was written, so
-// that what the index writes for a job is counted to that job.
+// settled returns the counters, empty for other servers than Firn, once checkpoints
+// hold all that was written, so that what the index writes for a job is counted to
+// that job.
 func (r *running) settled(ctx context.Context) (counters, error) {
 	ctx, cancel := context.WithTimeout(ctx, settleTime)
 	defer cancel()
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
-		c := r.counters(ctx)
-		if (r.metrics == "" || c.mallocs > 0) && c.pending == 0 && ctx.Err() == nil {
-			return c, nil
+		c, err := r.counters(ctx)
+		if err != nil || c.pending == 0 {
+			return c, err
 		}
 		select {
 		case <-ctx.Done():
@@ -246,42 +266,67 @@ func (r *running) settled(ctx context.Context) (counters, error) {
 	}
 }
 
-func (r *running) counters(ctx context.Context) (c counters) {
+// counters asks a server for its counters; a server without any has none measured.
+// An answer that lacks one of them is an error: zeros would be taken for a result.
+func (r *running) counters(ctx context.Context) (counters, error) {
 	if r.metrics == "" {
-		return c
+		return counters{}, nil
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.metrics, nil)
 	if err != nil {
-		return c
+		return counters{}, err
 	}
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return c
+		return counters{}, fmt.Errorf("read the server's counters: %w", err)
 	}
 	defer resp.Body.Close()
-	lines := bufio.NewScanner(io.LimitReader(resp.Body, 16<<20))
+	if resp.StatusCode != http.StatusOK {
+		return counters{}, fmt.Errorf("read the server's counters: %s says %s", r.metrics, resp.Status)
+	}
+	c, err := parseCounters(io.LimitReader(resp.Body, 16<<20))
+	if err != nil {
+		return c, fmt.Errorf("%s: %w", r.metrics, err)
+	}
+	return c, nil
+}
+
+func parseCounters(text io.Reader) (counters, error) {
+	c := counters{measured: true}
+	wanted := []struct {
+		name, label string
+		sum         *float64
+		found       bool
+	}{
+		{"firn_disk_log_written_bytes_total", `what="batch"`, &c.batches, false},
+		{"firn_disk_log_written_bytes_total", `what="moved"`, &c.moved, false},
+		{"firn_disk_log_written_bytes_total", `what="zeroed"`, &c.zeroed, false},
+		{"firn_disk_pending_updates", "", &c.pending, false},
+		{"firn_disk_written_bytes_total", `class="index"`, &c.index, false},
+		{"go_memstats_mallocs_total", "", &c.mallocs, false},
+		{"firn_disk_syncs_total", "", &c.syncs, false},
+	}
+	lines := bufio.NewScanner(text)
 	for lines.Scan() {
-		name, value, ok := strings.Cut(lines.Text(), " ")
+		series, value, ok := strings.Cut(lines.Text(), " ")
 		v, err := strconv.ParseFloat(value, 64)
 		if !ok || err != nil {
 			continue
 		}
-		switch {
-		case strings.HasPrefix(name, "firn_disk_log_written_bytes_total") && strings.Contains(name, `what="batch"`):
-			c.batches += v
-		case strings.HasPrefix(name, "firn_disk_log_written_bytes_total") && strings.Contains(name, `what="moved"`):
-			c.moved += v
-		case strings.HasPrefix(name, "firn_disk_log_written_bytes_total") && strings.Contains(name, `what="zeroed"`):
-			c.zeroed += v
-		case strings.HasPrefix(name, "firn_disk_pending_updates"):
-			c.pending += v
-		case strings.HasPrefix(name, "firn_disk_written_bytes_total") && strings.Contains(name, `class="index"`):
-			c.index += v
-		case name == "go_memstats_mallocs_total":
-			c.mallocs = v
-		case strings.HasPrefix(name, "firn_disk_syncs_total"):
-			c.syncs += v
+		name, labels, _ := strings.Cut(series, "{")
+		for i := range wanted {
+			if w := &wanted[i]; name == w.name && strings.Contains(labels, w.label) {
+				*w.sum, w.found = *w.sum+v, true
+			}
 		}
 	}
-	return c
+	if err := lines.Err(); err != nil {
+		return counters{}, fmt.Errorf("read the counters: %w", err)
+	}
+	for _, w := range wanted {
+		if !w.found {
+			return counters{}, fmt.Errorf("there is no counter %s{%s}", w.name, w.label)
+		}
+	}
+	return c, nil
 }

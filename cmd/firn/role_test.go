@@ -61,3 +61,28 @@ func TestFolderWithoutPID(t *testing.T) {
 		t.Errorf("the folder was locked twice: %v", err)
 	}
 }
+
+// TestNoteEndsSessions: what says that the attachment is over ends its sessions;
+// a command that its initiator gave up does not.
+func TestNoteEndsSessions(t *testing.T) {
+	over := 0
+	a := &attached{over: func() { over++ }}
+	gaveUp, cancel := context.WithCancel(t.Context())
+	cancel()
+	for i, c := range []struct {
+		ctx  context.Context
+		err  error
+		ends int
+	}{
+		{t.Context(), nil, 0},
+		{t.Context(), block.Errorf(block.NoSpace, "x"), 0},
+		{t.Context(), block.Errorf(block.Fenced, "x"), 1},
+		{gaveUp, block.Errorf(block.Canceled, "x"), 0},
+		{t.Context(), block.Errorf(block.Canceled, "x"), 1},
+	} {
+		over = 0
+		if err := a.note(c.ctx, c.err); err != c.err || over != c.ends {
+			t.Errorf("case %d: %v, over %d times", i, err, over)
+		}
+	}
+}

@@ -3,6 +3,8 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"fmt"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -55,7 +57,6 @@ func TestReconnectWithoutEtcd(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.etcd.signal(syscall.SIGSTOP)
-	defer c.etcd.signal(syscall.SIGCONT)
 	for i := range uint64(3) {
 		conn.Abort()
 		begin := time.Now()
@@ -68,6 +69,34 @@ func TestReconnectWithoutEtcd(t *testing.T) {
 		}
 		measured(t, "connected again without etcd in %.2f s", time.Since(begin).Seconds())
 	}
+	// What retries until etcd is back must not keep a processor busy: neither while
+	// it hangs, nor while connections to it are refused.
+	for _, how := range []string{"hangs", "is dead"} {
+		before, begin := processorTime(t, c.gateway.process), time.Now()
+		awaitTrue(t, "time to pass", func() bool { return time.Since(begin) > 4*time.Second })
+		share := 100 * (processorTime(t, c.gateway.process) - before).Seconds() / time.Since(begin).Seconds()
+		measured(t, "an idle gateway whose etcd %s takes %.1f %% of a processor", how, share)
+		if share > 8 {
+			t.Errorf("an idle gateway whose etcd %s takes %.1f %% of a processor", how, share)
+		}
+		c.etcd.kill()
+	}
+}
+
+// processorTime is what a process has taken of the processors, in ticks of 10 ms.
+func processorTime(t testing.TB, p *process) time.Duration {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	user, err1 := strconv.Atoi(fields[11])
+	system, err2 := strconv.Atoi(fields[12])
+	if err1 != nil || err2 != nil {
+		t.Fatalf("%s: %v, %v", stat, err1, err2)
+	}
+	return time.Duration(user+system) * 10 * time.Millisecond
 }
 
 // TestForcedDetachEndsISCSI: a volume that is taken away by force ends its iSCSI
