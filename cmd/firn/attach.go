@@ -273,7 +273,7 @@ func (a *attachment) keep(ctx context.Context, ready func(attachView) error) err
 	if err := a.files.link(d.Path()); err != nil {
 		slog.Warn("no stable path", "err", err)
 	}
-	slog.Info("attached", "volume", a.cfg.Export, "device", d.Path(), "gateway", d.Status().Gateway, "bytes", d.Status().Bytes)
+	slog.Info("attached", "volume", a.cfg.Export, "device", d.Path(), "gateway", d.Status().Gateway, "bytes", d.Status().Bytes, "tls", d.Status().TLS)
 	if err := ready(viewAttached(d.Status(), os.Getpid())); err != nil {
 		slog.Warn("tell that the device is ready", "err", err)
 	}

@@ -114,6 +114,8 @@ type Status struct {
 	Gateway     string   `json:"gateway"`
 	Gateways    []string `json:"gateways"`
 	Connections int      `json:"connections"`
+	// TLS says that the gateways are spoken to by TLS.
+	TLS bool `json:"tls"`
 	// Live is how many of them there are now.
 	Live int `json:"live"`
 	// Reconnects counts connections that took the place of lost ones, Moves those
@@ -208,7 +210,7 @@ func newDevice(cfg Config) (*Device, error) {
 		}
 		d.kernel = k
 	}
-	d.status = Status{Export: cfg.Export, Gateways: cfg.Gateways, Connections: cfg.Connections, Index: -1}
+	d.status = Status{Export: cfg.Export, Gateways: cfg.Gateways, Connections: cfg.Connections, TLS: cfg.TLS != nil, Index: -1}
 	d.slots = make([]slot, cfg.Connections)
 	for i := range d.slots {
 		d.slots[i] = slot{fd: -1, dead: true}
@@ -293,7 +295,7 @@ func Adopt(cfg Config, last Status) (*Device, error) {
 	d.session, d.adopted = id, true
 	gateways := d.status.Gateways
 	d.status = last
-	d.status.Gateways, d.status.Live = gateways, 0
+	d.status.Gateways, d.status.Live, d.status.TLS = gateways, 0, cfg.TLS != nil
 	d.downSince = d.cfg.Clock.Now()
 	d.hurt <- struct{}{}
 	return d, nil

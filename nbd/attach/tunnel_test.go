@@ -103,6 +103,9 @@ func TestTLS(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if !d.Status().TLS {
+		t.Error("the status says nothing of TLS")
+	}
 	data := make([]byte, size)
 	if _, err := rand.Read(data); err != nil {
 		t.Fatal(err)
