@@ -80,7 +80,7 @@ func adopt(t *testing.T, g *Guest, server *role) *role {
 	attach := "firn attach vol --gateway " + server.guestAddr()
 	device := g.Run(attach)
 	g.Run("mkfs.ext4 -q -F /dev/firn/vol; mount /dev/firn/vol /mnt")
-	j := g.fio("adopt", "/mnt/f", mib(scale(16, 256)), "")
+	j := g.fio("adopt", "/mnt/f", mib(scale(10, 256)), "")
 	j.Await(" IOPS]")
 	// A server that takes its time keeps its connection.
 	server.signal(syscall.SIGSTOP)
@@ -126,10 +126,10 @@ func adopt(t *testing.T, g *Guest, server *role) *role {
 func pressure(t *testing.T, g *Guest, server *role) *role {
 	g.Run("firn attach vol --gateway " + server.guestAddr() + "; mkfs.ext4 -q -F /dev/firn/vol; mount /dev/firn/vol /mnt")
 	pid := g.theAttached().PID
-	const leftMiB = 40
+	const leftMiB = 36
 	g.Run(fmt.Sprintf(`mkdir -p /eaten; mount -t tmpfs -o size=100%% eaten /eaten; sync; echo 3 > /proc/sys/vm/drop_caches
 		available=$(awk '/MemAvailable/ {print int($2/1024)}' /proc/meminfo); dd if=/dev/zero of=/eaten/f bs=1M count=$((available-%d)) 2>/dev/null`, leftMiB))
-	j := g.fio("pressure", "/mnt/f", mib(scale(40, 512)), "--direct=0 --bs=64k")
+	j := g.fio("pressure", "/mnt/f", mib(scale(32, 512)), "--direct=0 --bs=64k")
 	j.Await(" IOPS]")
 	server.kill()
 	server = server.again()
@@ -162,7 +162,7 @@ func secured(t *testing.T, g *Guest) {
 	attach := "cd /etc; firn attach tls --tls-ca cert.pem --tls-cert cert.pem --tls-key key.pem --gateway " + server.guestAddr()
 	device := g.Run(attach)
 	g.Run("mkfs.ext4 -q -F /dev/firn/tls; mount /dev/firn/tls /mnt")
-	j := g.fio("tls", "/mnt/f", mib(scale(12, 128)), "")
+	j := g.fio("tls", "/mnt/f", mib(scale(8, 128)), "")
 	j.Await(" IOPS]")
 	server.kill()
 	server = server.again()
