@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -31,6 +33,7 @@ type attachFlags struct {
 	deadTime, wait, requestTime time.Duration
 	foreground                  bool
 	http, runDir, logLevel      string
+	tls                         certFiles
 }
 
 const attachLong = `Make a volume a block device of this machine: /dev/nbdN, and /dev/firn/NAME.
@@ -69,9 +72,12 @@ func newAttach(c *console) *cobra.Command {
 	flags.IntVar(&f.connections, "connections", 1, "connections side by side; more of them are faster, see the documentation for their limit")
 	flags.StringVar(&f.device, "device", "", "the device to use, /dev/nbdN (default: any that is free)")
 	flags.IntVar(&f.blockSize, "block-size", 512, "logical block of the device in bytes: 512 or 4096")
-	flags.DurationVar(&f.requestTime, "request-time", 0, "a request without an answer for this long is sent again on a new connection (default 5s, or 30s with several connections)")
+	flags.DurationVar(&f.requestTime, "request-time", 0, "a request without an answer for this long is sent again on a new connection (default: never, or 30s with several connections)")
 	flags.DurationVar(&f.deadTime, "dead-time", 0, "without a gateway for this long, requests fail; 0: they wait")
 	flags.DurationVar(&f.wait, "wait", 0, "how long to try if no gateway answers at first")
+	flags.StringVar(&f.tls.ca, "tls-ca", "", "PEM certificates that gateways' certificates must be signed by; with it the gateways must speak TLS")
+	flags.StringVar(&f.tls.cert, "tls-cert", "", "PEM certificate shown to gateways, with --tls-ca")
+	flags.StringVar(&f.tls.key, "tls-key", "", "PEM key of --tls-cert")
 	flags.BoolVar(&f.foreground, "foreground", false, "stay in the foreground, as under systemd")
 	flags.StringVar(&f.http, "http", "", "serve /healthz, /readyz and /metrics of this attachment here; empty: nowhere")
 	logFlag(cmd, &f.logLevel, "info")
@@ -97,7 +103,31 @@ func (f *attachFlags) config(name string) (attach.Config, error) {
 		}
 		cfg.Index = index
 	}
-	return cfg, nil
+	return cfg, f.secure(&cfg)
+}
+
+// secure sets TLS, if that is asked for. The files' paths are made absolute, for
+// the process that stays is in another folder.
+func (f *attachFlags) secure(cfg *attach.Config) (err error) {
+	switch {
+	case f.tls == (certFiles{}):
+		return nil
+	case f.tls.ca == "":
+		return block.Errorf(block.Invalid, "--tls-cert and --tls-key need --tls-ca, by which the gateways are known")
+	case (f.tls.cert == "") != (f.tls.key == ""):
+		return block.Errorf(block.Invalid, "--tls-cert and --tls-key belong together")
+	}
+	for _, file := range []*string{&f.tls.ca, &f.tls.cert, &f.tls.key} {
+		if *file != "" {
+			if *file, err = filepath.Abs(*file); err != nil {
+				return err
+			}
+		}
+	}
+	if cfg.TLS, err = f.tls.load("NBD's"); err == nil {
+		cfg.TLS.ClientSessionCache = tls.NewLRUClientSessionCache(len(f.gateways))
+	}
+	return err
 }
 
 // attachment is one volume on this machine, in the process that keeps it.
@@ -177,8 +207,10 @@ func (a *attachment) arguments() []string {
 	if f.device != "" {
 		args = append(args, "--device", f.device)
 	}
-	if f.http != "" {
-		args = append(args, "--http", f.http)
+	for flag, value := range map[string]string{"--http": f.http, "--tls-ca": f.tls.ca, "--tls-cert": f.tls.cert, "--tls-key": f.tls.key} {
+		if value != "" {
+			args = append(args, flag, value)
+		}
 	}
 	return args
 }
@@ -241,7 +273,7 @@ func (a *attachment) keep(ctx context.Context, ready func(attachView) error) err
 	if err := a.files.link(d.Path()); err != nil {
 		slog.Warn("no stable path", "err", err)
 	}
-	slog.Info("attached", "volume", a.cfg.Export, "device", d.Path(), "gateway", d.Status().Gateway, "bytes", d.Status().Bytes)
+	slog.Info("attached", "volume", a.cfg.Export, "device", d.Path(), "gateway", d.Status().Gateway, "bytes", d.Status().Bytes, "tls", d.Status().TLS)
 	if err := ready(viewAttached(d.Status(), os.Getpid())); err != nil {
 		slog.Warn("tell that the device is ready", "err", err)
 	}

@@ -21,6 +21,7 @@ package attach
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -38,10 +39,9 @@ import (
 const MaxConnections = 16
 
 const (
-	// requestTime and requestTimeSeveral are Config.RequestTime for one and for
-	// several connections. Several: what is repeated on another connection is
-	// fenced by nothing, so it must be above what any server takes.
-	requestTime        = 5 * time.Second
+	// requestTimeSeveral is Config.RequestTime of several connections: what the
+	// kernel repeats on another one is fenced by nothing, so it must be above what
+	// any server takes.
 	requestTimeSeveral = 30 * time.Second
 	// infoTime bounds the question whether a server is there and has the export.
 	infoTime = 2 * time.Second
@@ -56,7 +56,7 @@ const (
 	probeEvery = 2 * time.Second
 	// stuckTime is how long a server may answer nobody before its connections are
 	// given up, if another server answers.
-	stuckTime = 10 * time.Second
+	stuckTime = 5 * time.Second
 	// partialTime is how long a device may lack some of its connections before
 	// the others are given up too.
 	partialTime = 10 * time.Second
@@ -79,11 +79,18 @@ type Config struct {
 	// BlockBytes is the logical block, 512 or 4096.
 	BlockBytes int
 	// RequestTime is after what time without an answer the kernel gives up the
-	// connection of a request and sends the request again; 0 is 5 s for one
-	// connection, and 30 s for several. It ends no request. The driver has no
-	// other way to repeat what was in flight when a connection broke, so a
-	// failover takes at least this long, counted from the oldest request.
+	// connection of a request and sends the request again. It ends no request.
+	// 0 is 30 s for several connections, and for one: never. Then a request waits
+	// as long as its connection lives, and what was in flight when that broke is
+	// sent again on the next one, at most 3 s after the break or at once after
+	// that. Otherwise a failover takes at least this long, counted from the oldest
+	// request, for the driver has no other way to repeat it.
 	RequestTime time.Duration
+	// TLS, if set, is required of the servers; a ServerName that is empty is the
+	// host of the address. The kernel has no TLS: this process then carries all
+	// data between it and the servers, so that the device stands still while
+	// nobody runs it.
+	TLS *tls.Config
 	// DeadTime is how long the kernel waits for new connections before requests
 	// fail; 0 is for ever.
 	DeadTime time.Duration
@@ -107,6 +114,8 @@ type Status struct {
 	Gateway     string   `json:"gateway"`
 	Gateways    []string `json:"gateways"`
 	Connections int      `json:"connections"`
+	// TLS says that the gateways are spoken to by TLS.
+	TLS bool `json:"tls"`
 	// Live is how many of them there are now.
 	Live int `json:"live"`
 	// Reconnects counts connections that took the place of lost ones, Moves those
@@ -141,11 +150,14 @@ type Device struct {
 
 	// adopted: the kernel may have connections that this process has not made.
 	adopted bool
+	// lost: the kernel knows that it has to take back what is in flight. Run's.
+	lost    bool
 	growing bool
 	// hurt is sent to when a connection may be dead.
 	hurt chan struct{}
 	// calls are the goroutines of the device.
-	calls sync.WaitGroup
+	calls   sync.WaitGroup
+	tunnels tunnels
 }
 
 // slot is one of the kernel's connections.
@@ -171,13 +183,10 @@ func (c *Config) check() error {
 	if c.BlockBytes != 512 && c.BlockBytes != 4096 {
 		return block.Errorf(block.Invalid, "a block of %d bytes; it may be 512 or 4096", c.BlockBytes)
 	}
-	if c.RequestTime == 0 {
-		c.RequestTime = requestTime
-		if c.Connections > 1 {
-			c.RequestTime = requestTimeSeveral
-		}
+	if c.RequestTime == 0 && c.Connections > 1 {
+		c.RequestTime = requestTimeSeveral
 	}
-	if c.RequestTime < time.Second {
+	if c.RequestTime != 0 && c.RequestTime < time.Second {
 		return block.Errorf(block.Invalid, "a request time of %v; it must be at least a second", c.RequestTime)
 	}
 	if c.Log == nil {
@@ -204,7 +213,7 @@ func newDevice(cfg Config) (*Device, error) {
 		}
 		d.kernel = k
 	}
-	d.status = Status{Export: cfg.Export, Gateways: cfg.Gateways, Connections: cfg.Connections, Index: -1}
+	d.status = Status{Export: cfg.Export, Gateways: cfg.Gateways, Connections: cfg.Connections, TLS: cfg.TLS != nil, Index: -1}
 	d.slots = make([]slot, cfg.Connections)
 	for i := range d.slots {
 		d.slots[i] = slot{fd: -1, dead: true}
@@ -220,6 +229,7 @@ func Attach(ctx context.Context, cfg Config) (*Device, error) {
 		return nil, err
 	}
 	if err := d.attach(ctx); err != nil {
+		d.tunnels.close()
 		d.closeSockets()
 		return nil, errors.Join(err, d.kernel.Close())
 	}
@@ -288,7 +298,7 @@ func Adopt(cfg Config, last Status) (*Device, error) {
 	d.session, d.adopted = id, true
 	gateways := d.status.Gateways
 	d.status = last
-	d.status.Gateways, d.status.Live = gateways, 0
+	d.status.Gateways, d.status.Live, d.status.TLS = gateways, 0, cfg.TLS != nil
 	d.downSince = d.cfg.Clock.Now()
 	d.hurt <- struct{}{}
 	return d, nil
@@ -332,8 +342,11 @@ func (d *Device) changed() { d.cfg.Changed(d.Status()) }
 
 // Close lets go of the device and leaves it connected: requests go on as long as
 // the connections live. It is called when Run has returned.
+//
+// With TLS its requests wait from then on.
 func (d *Device) Close() error {
 	d.calls.Wait()
+	d.tunnels.close()
 	d.closeSockets()
 	return d.kernel.Close()
 }

@@ -4,10 +4,14 @@ import (
 	"context"
 	"errors"
 	"net"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/block/blocktest"
@@ -15,29 +19,56 @@ import (
 	"firn.io/firn/nbd/device"
 )
 
-// driver stands for the kernel: it takes sockets and keeps nothing of them.
+// driver stands for the kernel: it keeps the last socket.
 type driver struct {
 	mu        sync.Mutex
 	setup     Setup
 	reconnect int
 	over      bool
+	socket    *os.File
 	dead      chan int
+	// calls are Lost, Reconnect and Restored by their first letters.
+	calls string
 }
 
-func (k *driver) Connect(s Setup) (int, error) { k.setup = s; return 7, nil }
+func (k *driver) note(call string) { k.mu.Lock(); defer k.mu.Unlock(); k.calls += call }
+
+func (k *driver) Lost(int, string) error          { k.note("L"); return nil }
+func (k *driver) Restored(int, string, int) error { k.note("R"); return nil }
+func (k *driver) Watch(int) error                 { return nil }
+
+func (k *driver) Connect(s Setup) (int, error) {
+	k.setup = s
+	return 7, k.hold(s.FDs[0])
+}
+
+// hold takes a socket, in the place of another, as the kernel does.
+func (k *driver) hold(fd int) error {
+	copied, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+	if err == nil {
+		k.socket.Close()
+		k.socket = os.NewFile(uintptr(copied), "socket")
+	}
+	return err
+}
+
 func (k *driver) Reconnect(index int, backend string, fd int) (bool, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.reconnect++
+	k.calls += "c"
 	// As the kernel that has not seen the old one die, the first time.
-	return k.reconnect > 1, nil
+	if k.reconnect == 1 {
+		return false, nil
+	}
+	return true, k.hold(fd)
 }
 func (k *driver) Resize(int, string, int64) error { return nil }
 func (k *driver) Disconnect(int) error            { return nil }
 func (k *driver) Connected(int) bool              { k.mu.Lock(); defer k.mu.Unlock(); return !k.over }
 func (k *driver) Find(string) (int, bool)         { return 0, false }
 func (k *driver) Dead() <-chan int                { return k.dead }
-func (k *driver) Close() error                    { return nil }
+func (k *driver) Close() error                    { return k.socket.Close() }
 
 // one is an Exports of one volume.
 type one struct{ d *blocktest.Device }
@@ -52,11 +83,16 @@ func (o one) Open(context.Context, string) (*nbd.Export, error) {
 
 func serve(t *testing.T, d *blocktest.Device) (addr string, stop func()) {
 	t.Helper()
+	return serveWith(t, d, nbd.Options{})
+}
+
+func serveWith(t *testing.T, d *blocktest.Device, o nbd.Options) (addr string, stop func()) {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := nbd.NewServer(one{d}, nbd.Options{})
+	s := nbd.NewServer(one{d}, o)
 	over := make(chan struct{})
 	go func() { defer close(over); s.Serve(l) }()
 	stop = sync.OnceFunc(func() {
@@ -82,7 +118,7 @@ func TestMovesToTheOtherServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s := d.Status(); k.setup.Bytes != 1<<20 || k.setup.Backend != volume.Geometry().ID.String() || len(k.setup.FDs) != 1 || k.setup.RequestTime != 5*time.Second || s.Gateway != a || s.Index != 7 {
+	if s := d.Status(); k.setup.Bytes != 1<<20 || k.setup.Backend != volume.Geometry().ID.String() || len(k.setup.FDs) != 1 || k.setup.RequestTime != 0 || s.Gateway != a || s.Index != 7 {
 		t.Errorf("setup %+v, status %+v", k.setup, s)
 	}
 	ran := make(chan error, 1)
@@ -97,6 +133,9 @@ func TestMovesToTheOtherServer(t *testing.T) {
 		}
 	}
 	k.mu.Lock()
+	if k.calls != "LccR" {
+		t.Errorf("the kernel was told %s, want of the loss, of two connections, and that all is well again", k.calls)
+	}
 	k.over = true
 	k.mu.Unlock()
 	k.dead <- 7
@@ -229,6 +268,16 @@ func TestAttachRefuses(t *testing.T) {
 		if _, err := Attach(context.Background(), c); err == nil || block.KindOf(err) != block.Invalid {
 			t.Errorf("%+v: %v", c, err)
 		}
+	}
+}
+
+// TestNoNetlink asks the kernel for an interface that none has, as one older than
+// 4.12 answers for the NBD driver's.
+func TestNoNetlink(t *testing.T) {
+	t.Parallel()
+	_, err := openFamily("firn_no_driver")
+	if block.KindOf(err) != block.Unsupported || !strings.Contains(err.Error(), "since 4.12") || !strings.Contains(err.Error(), "nbd-client") {
+		t.Errorf("a driver without a netlink interface: %v", err)
 	}
 }
 

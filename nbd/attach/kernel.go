@@ -19,6 +19,15 @@ type Kernel interface {
 	// Reconnect gives a socket to a device in the place of a dead one. taken is
 	// false if the device has none that is known to be dead.
 	Reconnect(index int, backend string, fd int) (taken bool, err error)
+	// Lost says that the connection of a device without a RequestTime is over: what
+	// it has not answered is taken back, and sent on the next one.
+	Lost(index int, backend string) error
+	// Restored ends that, when fd has been taken; it is -1 if an older connection
+	// turned out to live.
+	Restored(index int, backend string, fd int) error
+	// Watch makes the kernel look after the requests of a device without a
+	// RequestTime. It may wait for all that are in flight.
+	Watch(index int) error
 	// Resize changes the size of a connected device.
 	Resize(index int, backend string, bytes int64) error
 	// Disconnect ends a device; its requests fail.
@@ -43,7 +52,7 @@ type Setup struct {
 	FDs   []int
 	// Backend is shown as /sys/block/nbdN/backend.
 	Backend string
-	// RequestTime is at least a second: see Config.
+	// RequestTime is 0 or at least a second: see Config.
 	RequestTime time.Duration
 	// DeadTime is 0 for ever.
 	DeadTime time.Duration

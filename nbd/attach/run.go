@@ -2,6 +2,7 @@ package attach
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"time"
@@ -111,6 +112,7 @@ func (d *Device) restore(ctx context.Context, added func()) error {
 		if dead < 0 {
 			return nil
 		}
+		d.holdBack()
 		err := d.restoreOne(ctx, dead)
 		if err == nil {
 			pause, began = minPause, d.cfg.Clock.Now()
@@ -140,6 +142,39 @@ func (d *Device) restore(ctx context.Context, added func()) error {
 		pause = min(2*pause, maxPause)
 		d.refresh()
 	}
+}
+
+// holdBack makes the kernel take back what is in flight. Should that fail, it is
+// tried again with the next connection.
+func (d *Device) holdBack() {
+	if d.cfg.RequestTime != 0 || d.lost {
+		return
+	}
+	s := d.Status()
+	if err := d.kernel.Lost(s.Index, s.Backend); err != nil {
+		d.cfg.Log.Warn("requests in flight are not taken back yet", "device", d.Path(), "err", err)
+		return
+	}
+	d.lost = true
+}
+
+// goOn ends holdBack: requests wait again as long as their connection lives. Should
+// that fail, a request that takes seconds costs the connection, and the next one
+// is tried with.
+func (d *Device) goOn(fd int) {
+	if d.cfg.RequestTime != 0 {
+		return
+	}
+	d.lost = false
+	s := d.Status()
+	if err := d.kernel.Restored(s.Index, s.Backend, fd); err != nil {
+		d.cfg.Log.Warn("requests do not wait as long as their connection lives", "device", d.Path(), "err", err)
+	}
+	d.calls.Go(func() {
+		if err := d.kernel.Watch(s.Index); err != nil {
+			d.cfg.Log.Warn("requests in flight are repeated late when the connection breaks", "device", devicePath(s.Index), "err", err)
+		}
+	})
 }
 
 func (d *Device) problem(text string) {
@@ -183,6 +218,7 @@ func (d *Device) restoreOne(ctx context.Context, i int) error {
 	if errors.Is(err, errNoUse) && d.adopted && !export.Session {
 		// The older process' connection lives, and this server cannot end it.
 		shut(fd)
+		d.goOn(-1)
 		d.taken(i, -1, before)
 		return nil
 	}
@@ -205,6 +241,7 @@ func (d *Device) hand(ctx context.Context, i, fd int, before Status) error {
 			return err
 		}
 		if taken {
+			d.goOn(fd)
 			d.taken(i, fd, before)
 			return nil
 		}
@@ -290,7 +327,7 @@ func (d *Device) tryGateway(ctx context.Context, addr string) (int, client.Expor
 func (d *Device) info(ctx context.Context, addr string) (client.Export, error) {
 	ctx, cancel := context.WithTimeout(ctx, infoTime)
 	defer cancel()
-	export, err := client.Info(ctx, addr, d.export())
+	export, err := client.InfoTLS(ctx, addr, d.export(), d.cfg.tlsOf(addr))
 	d.mu.Lock()
 	backend, byID := d.status.Backend, d.byID
 	d.mu.Unlock()
@@ -306,7 +343,7 @@ func (d *Device) info(ctx context.Context, addr string) (client.Export, error) {
 	if byID {
 		other = d.cfg.Export
 	}
-	found, foundErr := client.Info(ctx, addr, other)
+	found, foundErr := client.InfoTLS(ctx, addr, other, d.cfg.tlsOf(addr))
 	if foundErr != nil || backendOf(found, d.cfg) != backend {
 		return export, err
 	}
@@ -352,9 +389,13 @@ func (d *Device) enter(ctx context.Context, addr string, number uint32) (int, cl
 	d.mu.Lock()
 	session := wire.Session{ID: d.session, Connection: number, Incarnation: d.status.Incarnation}
 	d.mu.Unlock()
-	nc, export, err := client.Enter(ctx, addr, client.Options{Export: d.export(), Session: session})
+	nc, export, err := client.Enter(ctx, addr, client.Options{Export: d.export(), Session: session, TLS: d.cfg.tlsOf(addr)})
 	if err != nil {
 		return -1, export, err
+	}
+	if secured, ok := nc.(*tls.Conn); ok {
+		fd, err := d.tunnels.open(secured)
+		return fd, export, err
 	}
 	defer nc.Close()
 	fd, err := socketOf(nc)

@@ -44,6 +44,13 @@ const (
 const (
 	// deadForEver stands for no limit, which the kernel has not.
 	deadForEver = 100 * 365 * 24 * time.Hour
+	// lookEvery is how often the kernel looks after a request in flight of a device
+	// without a RequestTime: whether its connection has been replaced, or is lost.
+	// It notes each look in its log, so this is not smaller.
+	lookEvery = 2 * time.Second
+	// requestTimeOld stands for no RequestTime where the driver does not look
+	// after replaced connections (before Linux 5.8).
+	requestTimeOld = 5 * time.Second
 	// maxSectors is the size of the largest request in KiB that the device is
 	// set to; the driver's default is 128.
 	maxSectors = 1024
@@ -65,16 +72,21 @@ func openKernel() (Kernel, error) {
 	if err := loadModule(); err != nil {
 		return nil, err
 	}
+	return openFamily(familyName)
+}
+
+// openFamily finds the driver by the name of its netlink interface.
+func openFamily(name string) (Kernel, error) {
 	c, err := genetlink.Dial(nil)
 	if err != nil {
 		return nil, err
 	}
 	k := &netlinkKernel{group: c, dead: make(chan int, deadQueue)}
-	k.family, err = c.GetFamily(familyName)
+	k.family, err = c.GetFamily(name)
 	if err == nil {
 		err = k.join()
 	} else if errors.Is(err, fs.ErrNotExist) {
-		err = errors.Join(errNoNetlink, err)
+		err = errNoNetlink
 	}
 	if err != nil {
 		return nil, errors.Join(err, c.Close())
@@ -84,8 +96,9 @@ func openKernel() (Kernel, error) {
 	return k, nil
 }
 
-// errNoNetlink: the driver is older than its netlink interface (Linux 4.12).
-var errNoNetlink = block.Errorf(block.Unsupported, "this kernel's NBD driver has no netlink interface")
+// errNoNetlink: the driver is older than its netlink interface. There is no
+// fallback to its ioctls: docs/decisions/0007-no-ioctl.md.
+var errNoNetlink = block.Errorf(block.Unsupported, "this kernel's NBD driver has no netlink interface, by which lost connections are replaced; Linux has it since 4.12: use a newer kernel, or `nbd-client` for a device that fails when its connection breaks")
 
 func (k *netlinkKernel) join() error {
 	for _, g := range k.family.Groups {
@@ -221,16 +234,76 @@ func (k *netlinkKernel) Connect(s Setup) (int, error) {
 	if err != nil {
 		return -1, fmt.Errorf("answer of the NBD driver: %w", err)
 	}
-	if err := largeRequests(index); err != nil {
+	// Requests may be larger than the driver's default.
+	err = setQueue(index, "max_sectors_kb", maxSectors)
+	if err == nil && s.RequestTime == 0 {
+		if repeats(index) {
+			err = k.Watch(index)
+		} else {
+			err = k.requestTime(index, s.Backend, requestTimeOld)
+		}
+	}
+	if err != nil {
 		return -1, errors.Join(err, k.Disconnect(index))
 	}
 	return index, nil
 }
 
-// largeRequests lets the device's requests be larger than the driver's default.
-func largeRequests(index int) error {
-	path := filepath.Join(sysBlock, deviceName(index), "queue/max_sectors_kb")
-	return os.WriteFile(path, []byte(strconv.Itoa(maxSectors)), 0)
+// setQueue sets an attribute of the device's queue.
+func setQueue(index int, attribute string, value int64) error {
+	path := filepath.Join(sysBlock, deviceName(index), "queue", attribute)
+	return os.WriteFile(path, strconv.AppendInt(nil, value, 10), 0)
+}
+
+// repeats tells whether the driver, while a device has no request time, sends a
+// request again whose connection has been replaced. That is as of Linux 5.8; seen
+// is the file that tells of 5.14.
+func repeats(index int) bool {
+	_, err := os.Stat(filepath.Join(sysBlock, deviceName(index), "backend"))
+	return err == nil
+}
+
+func (k *netlinkKernel) requestTime(index int, backend string, d time.Duration) error {
+	_, err := k.call(cmdReconfigure, false, func(ae *netlink.AttributeEncoder) {
+		ae.Uint32(attrIndex, uint32(index))
+		ae.String(attrBackend, backend)
+		ae.Uint64(attrTimeout, seconds(d))
+	})
+	if err != nil {
+		return fmt.Errorf("set the request time of %s: %w", devicePath(index), err)
+	}
+	return nil
+}
+
+// Lost implements Kernel. With a request time, a request that the driver looks
+// after is taken back instead of left to its connection, and taken can tell.
+func (k *netlinkKernel) Lost(index int, backend string) error {
+	if !repeats(index) {
+		return nil
+	}
+	return k.requestTime(index, backend, lookEvery)
+}
+
+// Restored implements Kernel. The driver has made the request time a limit of
+// sending too, which is for a server that is slow to read.
+func (k *netlinkKernel) Restored(index int, backend string, fd int) error {
+	if !repeats(index) {
+		return nil
+	}
+	if fd >= 0 {
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{}); err != nil {
+			return os.NewSyscallError("setsockopt", err)
+		}
+	}
+	return k.requestTime(index, backend, 0)
+}
+
+// Watch implements Kernel. The driver has set this to 30 s with the request time.
+func (k *netlinkKernel) Watch(index int) error {
+	if !repeats(index) {
+		return nil
+	}
+	return setQueue(index, "io_timeout", lookEvery.Milliseconds())
 }
 
 // Reconnect implements Kernel.

@@ -31,19 +31,29 @@ func socketOf(nc net.Conn) (int, error) {
 	if err != nil {
 		return -1, err
 	}
+	if err := patience(nc); err != nil {
+		return -1, err
+	}
 	fd := -1
-	controlErr := rc.Control(func(s uintptr) {
-		if _, tcp := nc.(*net.TCPConn); tcp {
-			err = patience(int(s))
-		}
-		if err == nil {
-			fd, err = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 3)
-		}
-	})
+	controlErr := rc.Control(func(s uintptr) { fd, err = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 3) })
 	return fd, errors.Join(controlErr, err)
 }
 
-func patience(fd int) error {
+// patience sets when a connection of TCP is dead.
+func patience(nc net.Conn) error {
+	tcp, ok := nc.(*net.TCPConn)
+	if !ok {
+		return nil
+	}
+	rc, err := tcp.SyscallConn()
+	if err != nil {
+		return err
+	}
+	controlErr := rc.Control(func(s uintptr) { err = setPatience(int(s)) })
+	return errors.Join(controlErr, err)
+}
+
+func setPatience(fd int) error {
 	for _, o := range []struct{ level, name, value int }{
 		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1}, {unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
 		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepIdle}, {unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepEvery},

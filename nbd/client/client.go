@@ -141,8 +141,9 @@ func (c *Conn) startTLS(ctx context.Context, config *tls.Config) error {
 }
 
 // Enter enters an export with simple replies and hands over the socket, on which
-// nothing is unread: to give it to a kernel, which with TLS needs somebody in between. ctx bounds the handshake. A refusal
-// is an *OptionError.
+// nothing is unread: to give it to a kernel. With Options.TLS that is a *tls.Conn,
+// and needs somebody in between. ctx bounds the handshake. A refusal is an
+// *OptionError.
 func Enter(ctx context.Context, addr string, o Options) (net.Conn, Export, error) {
 	nc, err := dial(ctx, addr)
 	if err != nil {
@@ -183,6 +184,11 @@ func List(ctx context.Context, nc net.Conn) ([]Export, error) {
 
 // Info asks about an export without entering it.
 func Info(ctx context.Context, addr, name string) (Export, error) {
+	return InfoTLS(ctx, addr, name, nil)
+}
+
+// InfoTLS is Info under TLS, if config is not nil.
+func InfoTLS(ctx context.Context, addr, name string, config *tls.Config) (Export, error) {
 	nc, err := dial(ctx, addr)
 	if err != nil {
 		return Export{}, err
@@ -192,6 +198,11 @@ func Info(ctx context.Context, addr, name string) (Export, error) {
 	c := &Conn{nc: nc, r: bufio.NewReader(nc)}
 	if err := c.greet(); err != nil {
 		return Export{}, err
+	}
+	if config != nil {
+		if err := c.startTLS(ctx, config); err != nil {
+			return Export{}, err
+		}
 	}
 	if err := c.infoOrGo(wire.OptInfo, name); err != nil {
 		return Export{}, err

@@ -76,9 +76,7 @@ func TestGatewayKilled(t *testing.T) {
 		both[0] = both[0].again()
 		j = g.fio(fmt.Sprint("stopped", round), fmt.Sprint("/mnt/stopped", round), mib(scale(8, 128)), "")
 		j.Await(" IOPS]")
-		if err := both[1].cmd.Process.Signal(syscall.SIGTERM); err != nil {
-			t.Fatal(err)
-		}
+		both[1].signal(syscall.SIGTERM)
 		longest = j.done()
 		a = g.theAttached()
 		measured(t, "gateway stopped under load: longest write %.2f s, longest time without a connection of both %.2f s (aim: under 1 s)", longest.Seconds(), float64(a.Longest)/1000)

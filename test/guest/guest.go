@@ -10,6 +10,7 @@ package guest
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -40,6 +41,10 @@ type Config struct {
 	Files map[string]string
 	// Texts are further files by their path in the guest.
 	Texts map[string]string
+	// Links are symbolic links by their path in the guest.
+	Links map[string]string
+	// Init is the first process once all is set up, /bin/init of busybox if empty.
+	Init string
 	// Modules are there for modprobe, with what they depend on.
 	Modules []string
 	// MemoryMiB is 768 if zero, CPUs 2.
@@ -137,7 +142,7 @@ while [ ! -e /dev/virtio-ports/agent ]; do
 	n=$((n+1)); [ $n -gt 200 ] && echo "init: no port of the host" && break
 	[ -e /dev/virtio-ports/agent ] || usleep 20000
 done
-exec /bin/init
+exec INIT
 `
 
 const inittab = `::once:/agent
@@ -186,7 +191,7 @@ func makeRoot(k *kernel, cfg Config, dir, to string) error {
 	a.link("usr/bin", "../bin")
 	a.link("usr/sbin", "../bin")
 	a.link("var/run", "../run")
-	a.text("init", initScript)
+	a.text("init", strings.Replace(initScript, "INIT", cmp.Or(cfg.Init, "/bin/init"), 1))
 	a.text("etc/inittab", inittab)
 	a.text("etc/passwd", "root:x:0:0:root:/root:/bin/sh\n")
 	a.text("etc/group", "root:x:0:\n")
@@ -194,6 +199,9 @@ func makeRoot(k *kernel, cfg Config, dir, to string) error {
 	a.link("etc/mtab", "/proc/self/mounts")
 	for name, text := range cfg.Texts {
 		a.text(name, text)
+	}
+	for name, target := range cfg.Links {
+		a.link(name, target)
 	}
 	if err := a.file("agent", agent); err != nil {
 		return err

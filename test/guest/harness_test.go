@@ -143,6 +143,14 @@ func (r *role) kill() {
 	<-r.exited
 }
 
+// signal sends a signal to it.
+func (r *role) signal(s syscall.Signal) {
+	r.t.Helper()
+	if err := r.cmd.Process.Signal(s); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
 // again starts the same command line anew.
 func (r *role) again() *role {
 	r.t.Helper()

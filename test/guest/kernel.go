@@ -27,52 +27,76 @@ const kernelPackage = "linux-image-cloud-amd64"
 // findKernel returns the kernel in the cache of this user, or fetches it there:
 // nothing is installed.
 func findKernel() (*kernel, error) {
+	root, err := findPackage(kernelPackage)
+	if err != nil {
+		return nil, err
+	}
+	return openKernel(root)
+}
+
+// findPackage returns the folder of what a package of Debian's holds; of the
+// kernel, of what the package depends on.
+func findPackage(name string) (string, error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		cache = filepath.Join(os.TempDir(), fmt.Sprintf("cache-%d", os.Getuid()))
 	}
 	dir := filepath.Join(cache, "firn-guest")
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
+		return "", err
 	}
 	lock, err := os.Create(filepath.Join(dir, "lock"))
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	defer lock.Close()
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
-		return nil, err
+		return "", err
 	}
-	root := filepath.Join(dir, "kernel")
+	root := filepath.Join(dir, name)
+	if name == kernelPackage {
+		root = filepath.Join(dir, "kernel")
+	}
 	if _, err := os.Stat(root); err != nil {
-		err := fetchKernel(dir, root)
+		err := fetchPackage(dir, name, root)
 		if err != nil && exec.Command("apt-get", "update").Run() == nil {
-			err = fetchKernel(dir, root) // the machine's lists were missing, or old
+			err = fetchPackage(dir, name, root) // the machine's lists were missing, or old
 		}
 		if err != nil {
-			return nil, fmt.Errorf("fetch the package %s: %w", kernelPackage, err)
+			return "", fmt.Errorf("fetch the package %s: %w", name, err)
 		}
 	}
-	return openKernel(root)
+	return root, nil
 }
 
 var dependsOnImage = regexp.MustCompile(`Depends: (linux-image-\S+)`)
 
-func fetchKernel(dir, root string) error {
+// imagePackage is the package with the kernel itself.
+func imagePackage() (string, error) {
 	out, err := exec.Command("apt-cache", "depends", kernelPackage).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("apt-cache: %w\n%s", err, out)
+		return "", fmt.Errorf("apt-cache: %w\n%s", err, out)
 	}
 	found := dependsOnImage.FindSubmatch(out)
 	if found == nil {
-		return fmt.Errorf("apt-cache names no image:\n%s", out)
+		return "", fmt.Errorf("apt-cache names no image:\n%s", out)
+	}
+	return string(found[1]), nil
+}
+
+func fetchPackage(dir, name, root string) error {
+	if name == kernelPackage {
+		var err error
+		if name, err = imagePackage(); err != nil {
+			return err
+		}
 	}
 	work, err := os.MkdirTemp(dir, "fetch-")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(work)
-	get := exec.Command("apt-get", "-o", "APT::Sandbox::User=root", "download", string(found[1]))
+	get := exec.Command("apt-get", "-o", "APT::Sandbox::User=root", "download", name)
 	get.Dir = work
 	if out, err := get.CombinedOutput(); err != nil {
 		return fmt.Errorf("apt-get download: %w\n%s", err, out)

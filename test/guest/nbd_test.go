@@ -137,7 +137,7 @@ func TestNBD(t *testing.T) {
 			g := boot.With(t)
 			t.Cleanup(func() {
 				if t.Failed() { // the next begins as if it had not been
-					g.Try("umount /mnt; firn detach vol; firn detach small; nbd-client -d /dev/nbd0; dmesg -c")
+					g.Try("umount /mnt; firn detach vol; firn detach small; firn detach tls; nbd-client -d /dev/nbd0; umount /eaten; dmesg -c")
 				}
 			})
 			f(t, g)
@@ -212,12 +212,21 @@ func TestNBD(t *testing.T) {
 		longest := j.done()
 		a := g.theAttached()
 		measured(t, "server killed and restarted under load: longest write %.2f s, device without a connection %.2f s", longest.Seconds(), float64(a.Longest)/1000)
+		if over := longest - time.Duration(a.Longest)*time.Millisecond; over > 5*time.Second {
+			t.Errorf("what was in flight was repeated %v after there was a connection again", over)
+		}
 		if a.Reconnects == 0 || a.Live != 1 {
 			t.Errorf("nothing was reconnected: %+v", a)
 		}
+		g.patient()
 		g.Run("umount /mnt; mount /dev/firn/vol /mnt")
 		j.again()
 		g.Run("umount /mnt; xfs_repair -n /dev/firn/vol >/tmp/check 2>&1 || { cat /tmp/check; exit 1; }; firn detach vol")
 	})
 
+	each("stock", func(t *testing.T, g *Guest) { stockClient(t, g, server) })
+	each("several", func(t *testing.T, g *Guest) { server = several(t, g, server) })
+	each("adopt", func(t *testing.T, g *Guest) { server = adopt(t, g, server) })
+	each("tls", secured)
+	each("pressure", func(t *testing.T, g *Guest) { server = pressure(t, g, server) })
 }
