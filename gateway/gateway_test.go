@@ -24,6 +24,7 @@ type shop struct {
 	gate     chan struct{} // attaches wait for it
 	err      error
 	away     bool // the metadata cannot be asked
+	silent   bool // the metadata does not answer
 }
 
 func newShop(t *testing.T, after time.Duration) (*shop, *Gateway) {
@@ -52,9 +53,13 @@ func (s *shop) attach(ctx context.Context, id block.VolumeID) (Backend, error) {
 	return m, nil
 }
 
-func (s *shop) find(_ context.Context, name string) (block.Geometry, error) {
+func (s *shop) find(ctx context.Context, name string) (block.Geometry, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.silent {
+		<-ctx.Done()
+		return block.Geometry{}, block.Wrap(block.Canceled, ctx.Err(), "no answer")
+	}
 	if s.away {
 		return block.Geometry{}, block.Errorf(block.Unavailable, "no answer")
 	}
@@ -235,18 +240,71 @@ func TestDetachByForce(t *testing.T) {
 	}
 }
 
-// TestReconnectWithoutMetadata: what is open stays reachable, what is not is not.
+// TestReconnectWithoutMetadata: what is open stays reachable, by name and by
+// UUID, well before a client gives up asking; what is not is not.
 func TestReconnectWithoutMetadata(t *testing.T) {
 	s, g := newShop(t, time.Hour)
 	h := open(t, g, "test")
-	s.mu.Lock()
-	s.away = true
-	s.mu.Unlock()
-	h2 := open(t, g, "test")
-	if h2.Volume != h.Volume {
-		t.Error("another volume")
+	for _, silent := range []bool{false, true} {
+		s.mu.Lock()
+		s.away, s.silent = !silent, silent
+		s.mu.Unlock()
+		for _, name := range []string{"test", block.VolumeID{1}.String()} {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			geometry, err := g.Find(ctx, name)
+			if err != nil || geometry.ID != h.Geometry().ID {
+				t.Errorf("find %s, silent: %v: %+v, %v", name, silent, geometry, err)
+			}
+			h2, err := g.Open(ctx, name)
+			if err != nil || h2.Volume != h.Volume {
+				t.Errorf("open %s, silent: %v: %v", name, silent, err)
+			}
+			cancel()
+		}
 	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := g.Find(ctx, "test"); !errors.Is(err, block.Canceled) {
+		t.Errorf("a caller that gave up: %v", err)
+	}
+	s.mu.Lock()
+	s.away, s.silent = true, false
+	s.mu.Unlock()
 	if _, err := g.Open(t.Context(), "other"); !errors.Is(err, block.Unavailable) {
 		t.Errorf("%v", err)
+	}
+}
+
+// doneHook is a context that calls hook when somebody first waits for its end.
+type doneHook struct {
+	context.Context
+	once sync.Once
+	hook func()
+}
+
+func (d *doneHook) Done() <-chan struct{} {
+	d.once.Do(d.hook)
+	return d.Context.Done()
+}
+
+// TestDetachRobsNobody: a client that comes while a volume without clients is
+// detached is either found, or attaches anew; it is never cut off.
+func TestDetachRobsNobody(t *testing.T) {
+	_, g := newShop(t, time.Hour)
+	open(t, g, "test").Release()
+	ctx := &doneHook{Context: t.Context()}
+	ctx.hook = func() {
+		asking, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		if _, err := g.Open(asking, "test"); !errors.Is(err, block.Canceled) {
+			t.Errorf("a client was let in to a volume that is being detached: %v", err)
+		}
+	}
+	if err := g.Detach(ctx, block.VolumeID{1}, false); err != nil {
+		t.Fatal(err)
+	}
+	h := open(t, g, "test")
+	if err := h.Flush(t.Context()); err != nil {
+		t.Error(err)
 	}
 }

@@ -18,7 +18,8 @@ const DetachAfter = 5 * time.Second
 type Storage struct {
 	// Attach fences the volume for this gateway (F1).
 	Attach func(ctx context.Context, id block.VolumeID) (Backend, error)
-	// Find tells the geometry of the volume of that name, attached or not.
+	// Find tells the geometry of the volume of that name or, if there is none, of
+	// that UUID, attached or not.
 	Find func(ctx context.Context, name string) (block.Geometry, error)
 	// List tells the geometries of all volumes that can be attached, by name.
 	List func(ctx context.Context) ([]block.Geometry, error)
@@ -86,20 +87,38 @@ func (g *Gateway) List(ctx context.Context) ([]block.Geometry, error) {
 	return g.opt.Storage.List(ctx)
 }
 
-// Find tells what Open would give, without attaching. A volume that is open here
-// is found also while the cluster's metadata cannot be asked, so that its clients
-// can reconnect.
+// findTime bounds how long the metadata is asked for a volume that is open here:
+// well below what a client waits for the answer to INFO.
+const findTime = 300 * time.Millisecond
+
+// Find tells what Open would give, without attaching: by the volume's name, or
+// else by its UUID. A volume that is open here is found also while the cluster's
+// metadata does not answer, and soon, so that its clients can reconnect (F4).
 func (g *Gateway) Find(ctx context.Context, name string) (block.Geometry, error) {
-	geometry, err := g.opt.Storage.Find(ctx, name)
-	if err == nil || block.KindOf(err) != block.Unavailable {
-		return geometry, err
+	here, open := g.openAs(name)
+	if !open {
+		return g.opt.Storage.Find(ctx, name)
 	}
+	asking, cancel := context.WithTimeout(ctx, findTime)
+	defer cancel()
+	geometry, err := g.opt.Storage.Find(asking, name)
+	switch {
+	case err == nil || ctx.Err() != nil:
+		return geometry, err
+	case asking.Err() != nil || block.KindOf(err) == block.Unavailable:
+		return here, nil
+	}
+	return geometry, err
+}
+
+// openAs finds a volume that is open here, by its last known name or its UUID.
+func (g *Gateway) openAs(name string) (block.Geometry, bool) {
 	for _, v := range g.Volumes() {
-		if v.Geometry.Name == name {
-			return v.Geometry, nil
+		if v.Geometry.Name == name || v.Geometry.ID.String() == name {
+			return v.Geometry, true
 		}
 	}
-	return block.Geometry{}, err
+	return block.Geometry{}, false
 }
 
 // Open attaches the volume of that name if it is not attached here, and returns
@@ -282,23 +301,48 @@ func (g *Gateway) Detach(ctx context.Context, id block.VolumeID, force bool) err
 		defer g.mu.Unlock()
 		return block.Errorf(block.Busy, "volume %s has %d clients here; disconnect them or force it", id, o.clients)
 	}
+	// In the same critical section: no client comes between the look and the leave.
+	// With clients an attach may be under way, and is waited for.
+	begin := o.clients == 0 && o.beginDetach()
 	g.mu.Unlock()
 	select {
 	case <-o.ready:
 	case <-ctx.Done():
-		return canceled(ctx)
+		if !begin {
+			return canceled(ctx)
+		}
+	}
+	if begin {
+		g.depart(o)
+		return g.awaitGone(ctx, o)
 	}
 	return g.detach(ctx, o)
 }
 
+// beginDetach makes o, which is not being attached, leave, under Gateway.mu. If it
+// returns true the caller is to call depart.
+func (o *opened) beginDetach() bool {
+	begin := !o.leaving && o.volume != nil
+	o.leaving = o.leaving || begin
+	return begin
+}
+
+// depart detaches a volume that was made to leave.
+func (g *Gateway) depart(o *opened) {
+	g.opt.Loop.Post(func() { o.volume.Detach(func(err error) { g.detached(o, err) }) })
+}
+
 func (g *Gateway) detach(ctx context.Context, o *opened) error {
 	g.mu.Lock()
-	begin := !o.leaving && o.volume != nil && g.open[o.id] == o
-	o.leaving = true
+	begin := g.open[o.id] == o && o.beginDetach()
 	g.mu.Unlock()
 	if begin {
-		g.opt.Loop.Post(func() { o.volume.Detach(func(err error) { g.detached(o, err) }) })
+		g.depart(o)
 	}
+	return g.awaitGone(ctx, o)
+}
+
+func (g *Gateway) awaitGone(ctx context.Context, o *opened) error {
 	select {
 	case <-o.gone:
 		return nil

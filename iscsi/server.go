@@ -253,9 +253,31 @@ func (s *Server) AbortTasks(u *scsi.Unit, by *scsi.Nexus, match func(*scsi.Nexus
 // initiators log in again.
 func (s *Server) Leave(u *scsi.Unit) {
 	for _, n := range s.sharing(u) {
+		if n.c.isInterrupted() {
+			continue
+		}
 		n.log.Warn("iscsi: the volume is not attached here any more; its session ends")
 		n.c.interrupt()
 	}
+}
+
+// Disconnect ends all sessions that have the unit and returns how many when none
+// of their tasks can touch storage any more, or ctx has ended. Tasks in flight are
+// not answered: their initiators log in again and repeat them.
+func (s *Server) Disconnect(ctx context.Context, u *scsi.Unit) (int, error) {
+	all := s.sharing(u)
+	for _, n := range all {
+		n.log.Info("iscsi: session is disconnected")
+		n.c.nc.Close()
+	}
+	for _, n := range all {
+		select {
+		case <-n.ended:
+		case <-ctx.Done():
+			return len(all), fmt.Errorf("a session still has tasks in flight: %w", ctx.Err())
+		}
+	}
+	return len(all), nil
 }
 
 // Stats returns what happened until now.

@@ -12,7 +12,8 @@ import (
 
 // translate is how Firn's error kinds are told to an NBD client: as the error
 // number of a request, and as the refusal of INFO and GO. Fenced and Canceled
-// say ESHUTDOWN: this connection is over, another may work.
+// say ESHUTDOWN: this connection is over, another may work. (Clients with a
+// Session are told by its end: session.leaveOn.)
 func translate(k block.Kind) (wire.Errno, wire.OptReply) {
 	switch k {
 	case block.NotFound:

@@ -23,6 +23,9 @@ type Stats struct {
 	Encrypted uint64
 	// Superseded counts connections that a newer one of their session ended.
 	Superseded uint64
+	// Moved counts connections of clients with a Session that were closed instead
+	// of an answer, because the export is not served on them any more.
+	Moved uint64
 	Counts
 }
 

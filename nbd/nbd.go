@@ -118,6 +118,9 @@ type Info struct {
 	// Name is the export's own name; it differs from the name that was asked
 	// for if that was the default export ("").
 	Name string
+	// ID identifies the export whatever its name is, for Server.Disconnect; clients
+	// are not told. It may be empty.
+	ID string
 	// Description is free text for people.
 	Description string
 	// Bytes is the size.

@@ -97,18 +97,37 @@ func (w *replies) enqueue(o outgoing) {
 			o.sent()
 			w.batch[i] = nil
 		}
-		w.mu.Lock()
-		if err != nil && w.err == nil {
-			w.err = err
-			w.broken.Store(true)
-			// The reader of the connection must notice.
-			w.nc.Close()
+		if err != nil {
+			w.hangUp(err)
 		}
+		w.mu.Lock()
 		w.done += uint64(len(w.batch))
 		w.moved.Broadcast()
 	}
 	w.writing = false
 	w.mu.Unlock()
+}
+
+// hangUp closes the connection: what is not written yet never is, and the reader
+// notices. The first reason counts.
+func (w *replies) hangUp(why error) {
+	w.mu.Lock()
+	first := w.err == nil
+	if first {
+		w.err = why
+		w.broken.Store(true)
+	}
+	w.mu.Unlock()
+	if first {
+		w.nc.Close()
+	}
+}
+
+// reason is why the connection was hung up, or nil.
+func (w *replies) reason() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err
 }
 
 // write writes w.batch in steps of about 1 MiB, each within the stall time.

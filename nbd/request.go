@@ -134,6 +134,7 @@ func (p *piece) end(err error) {
 	q := p.req
 	if err != nil {
 		q.fail(err)
+		q.s.leaveOn(err, q.Request)
 	}
 	if q.chunked {
 		p.sendChunk(err)

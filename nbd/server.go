@@ -52,7 +52,7 @@ type conn struct {
 	mu sync.Mutex
 	// client and export change during the handshake.
 	client Client
-	export string
+	export Info
 	// session is set in the transmission phase.
 	session *session
 	drain   bool
@@ -376,6 +376,12 @@ func (c *conn) open(ctx context.Context, session Session, name string) (*Export,
 	ctx, cancel := context.WithTimeout(ctx, opt.OpenTimeout)
 	defer cancel()
 	e, err := c.openWithin(ctx, session, name)
+	if err == nil {
+		// From now on, not only once the client has been told: for Disconnect.
+		c.mu.Lock()
+		c.export = e.Info
+		c.mu.Unlock()
+	}
 	if deadlineErr := c.nc.SetDeadline(opt.Now().Add(opt.HandshakeTimeout)); err == nil && deadlineErr != nil {
 		if e.Close != nil {
 			e.Close()
@@ -459,13 +465,16 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 	c.in.resize(inputBytes)
 	c.in.idle, c.in.now, c.in.stall = s.flush, opt.Now, opt.StallTimeout
 	c.mu.Lock()
-	c.session, c.export = s, h.entered.Info.Name
+	c.session = s
 	drain := c.drain
 	c.mu.Unlock()
 	if drain {
 		return ErrServerClosed
 	}
 	err := s.serve()
+	if err != nil && s.out.reason() == errMoved {
+		err = errMoved
+	}
 	drained := c.in.wasInterrupted() && errors.Is(err, os.ErrDeadlineExceeded)
 	if err != nil && !drained {
 		// Nobody waits for what is in flight.
@@ -477,6 +486,8 @@ func (c *conn) transmit(ctx context.Context, h *handshake) error {
 	switch {
 	case drained:
 		return s.target.flush(ctx)
+	case err == errMoved:
+		c.s.countFailure(&c.s.stats.Moved)
 	case err == io.EOF:
 		return fmt.Errorf("client closed the connection: %w", io.ErrUnexpectedEOF)
 	case errors.Is(err, wire.ErrMalformed), errors.Is(err, os.ErrDeadlineExceeded):

@@ -104,8 +104,13 @@ func (g *gate) close() <-chan struct{} {
 	return g.empty
 }
 
-// errDisconnect ends a session as the client asked.
-var errDisconnect = errors.New("client disconnected")
+var (
+	// errDisconnect ends a session as the client asked.
+	errDisconnect = errors.New("client disconnected")
+	// errMoved ends the session of a client that comes back: what it waits for is
+	// answered elsewhere, or here on another connection.
+	errMoved = errors.New("the export is not served on this connection any more; its client sends what is unanswered again")
+)
 
 // serve reads requests until the client leaves by NBD_CMD_DISC (nil), closes
 // the connection between two requests (io.EOF), or must be left.
@@ -132,6 +137,15 @@ func (s *session) serve() (err error) {
 			}
 			return err
 		}
+	}
+}
+
+// leaveOn ends the connection, without an answer to r, if the error says that it
+// is over while another may work and the client is one that comes back: it sends
+// r again then. An answer would reach the applications on its device.
+func (s *session) leaveOn(err error, r wire.Request) {
+	if s.resumes && errnoOf(err, r.Command, r.Flags) == wire.ESHUTDOWN {
+		s.out.hangUp(cmp.Or(s.ctx.Err(), errMoved))
 	}
 }
 

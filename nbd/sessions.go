@@ -91,11 +91,11 @@ func (s *Server) supersede(ctx context.Context, c *conn, session Session) error 
 }
 
 // Disconnect ends the connections that match says, by what is known of the
-// client and by the name of the export that it entered ("" before that), and
-// returns how many when they are over: what they had not read is discarded,
-// their requests in flight have ended, their exports are closed. A Backend
-// whose calls do not end with their context is waited for, until ctx ends.
-func (s *Server) Disconnect(ctx context.Context, match func(c Client, export string) bool) (int, error) {
+// client and by the export as it was when it entered it (the zero Info before
+// that), and returns how many when they are over: what they had not read is
+// discarded, their requests in flight have ended, their exports are closed. A
+// Backend whose calls do not end with their context is waited for, until ctx ends.
+func (s *Server) Disconnect(ctx context.Context, match func(c Client, export Info) bool) (int, error) {
 	var ended []*conn
 	s.mu.Lock()
 	for c := range s.conns {
@@ -136,7 +136,7 @@ func (c *conn) end() {
 }
 
 // identity is what Disconnect shows of a connection.
-func (c *conn) identity() (Client, string) {
+func (c *conn) identity() (Client, Info) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.client, c.export

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/block/blocktest"
 	"firn.io/firn/nbd"
 	"firn.io/firn/nbd/client"
@@ -121,8 +123,8 @@ func TestSessionOrder(t *testing.T) {
 	for s.Stats().Connections != 2 {
 		runtime.Gosched()
 	}
-	n, err := s.Disconnect(t.Context(), func(c nbd.Client, export string) bool {
-		return export == "vol" && c.Session == a2
+	n, err := s.Disconnect(t.Context(), func(c nbd.Client, export nbd.Info) bool {
+		return export.Name == "vol" && export.ID != "" && c.Session == a2
 	})
 	if n != 1 || err != nil {
 		t.Errorf("disconnected %d, %v", n, err)
@@ -215,4 +217,57 @@ func TestShutdownAnswersNoErrorToSessions(t *testing.T) {
 	if err := <-over; err != nil {
 		t.Error(err)
 	}
+}
+
+// TestMovedVolumeAnswersNoErrorToSessions: when the volume is fenced or detached
+// under a client with a session, its connection ends without an answer, whatever
+// the command and the form of the reply: ESHUTDOWN would be an I/O error on its
+// device. A client without one is told.
+func TestMovedVolumeAnswersNoErrorToSessions(t *testing.T) {
+	var fail atomic.Pointer[error]
+	d := blocktest.New(blocktest.Options{Name: "vol", Bytes: volBytes, NoLending: true, Before: func(context.Context, blocktest.Op, int64, int64) error {
+		if err := fail.Load(); err != nil {
+			return *err
+		}
+		return nil
+	}})
+	addr, s := serve(t, nbd.Fixed{*device.Export(d, nil)}, nbd.Options{})
+	incarnation, want := uint64(0), uint64(0)
+	for _, err := range []error{block.Errorf(block.Fenced, "x"), block.Errorf(block.Canceled, "x"), fmt.Errorf("x: %w", context.Canceled)} {
+		for _, structured := range []bool{false, true} {
+			for _, c := range []struct {
+				cmd wire.Command
+				n   uint32
+			}{{wire.CmdRead, 512}, {wire.CmdRead, 32 << 20}, {wire.CmdWrite, 512}, {wire.CmdFlush, 0}, {wire.CmdTrim, 4096}, {wire.CmdWriteZeroes, 4096}} {
+				fail.Store(nil)
+				incarnation++
+				r := rawDial(t, addr, rawFlags)
+				r.wantAck(wire.OptSession, wire.AppendSession(nil, sessionOf(1, 0, incarnation)))
+				r.enter("vol", structured)
+				r.alive()
+				fail.Store(&err)
+				var data []byte
+				if c.cmd == wire.CmdWrite {
+					data = make([]byte, c.n)
+				}
+				r.request(c.cmd, 0, 0, c.n, data)
+				if n, _ := r.nc.Read(make([]byte, 1)); n != 0 {
+					t.Fatalf("%s was answered", c.cmd)
+				}
+				want++
+			}
+		}
+		rawEnter(t, addr, "vol", false).wantErrno(wire.ESHUTDOWN, wire.CmdRead, 0, 0, 512, nil)
+	}
+	for s.Stats().Moved != want {
+		runtime.Gosched()
+	}
+	// Other errors are answered.
+	other := error(block.Errorf(block.NoSpace, "x"))
+	fail.Store(nil)
+	r := rawDial(t, addr, rawFlags)
+	r.wantAck(wire.OptSession, wire.AppendSession(nil, sessionOf(1, 0, incarnation+1)))
+	r.enter("vol", false)
+	fail.Store(&other)
+	r.wantErrno(wire.ENOSPC, wire.CmdWrite, 0, 0, 512, make([]byte, 512))
 }

@@ -68,6 +68,25 @@ func geometry(v meta.VolumeMeta) block.Geometry {
 		PreferredBytes: block.Size, MaxBytes: block.MaxEntryBytes, ReadOnly: v.ReadOnly}
 }
 
+// find finds a volume by its name or, if none has that name, by its UUID: a client
+// that has the volume finds it again after a rename.
+func (c *catalog) find(ctx context.Context, name string) (meta.VolumeMeta, error) {
+	v, err := meta.FindVolume(ctx, c.store, name)
+	if !errors.Is(err, block.NotFound) {
+		return v, err
+	}
+	id, notUUID := block.ParseUUID(name)
+	if notUUID != nil {
+		return v, err
+	}
+	if v, idErr := meta.GetVolume(ctx, c.store, id); idErr == nil && v.State != meta.Deleting {
+		return v, nil
+	} else if idErr != nil && !errors.Is(idErr, block.NotFound) {
+		return v, idErr
+	}
+	return v, err
+}
+
 // storage is the catalog as the gateway sees it.
 func (c *catalog) storage() gateway.Storage {
 	return gateway.Storage{
@@ -80,7 +99,7 @@ func (c *catalog) storage() gateway.Storage {
 			return a, nil
 		},
 		Find: func(ctx context.Context, name string) (block.Geometry, error) {
-			v, err := meta.FindVolume(ctx, c.store, name)
+			v, err := c.find(ctx, name)
 			if err == nil && v.State != meta.Ready {
 				err = block.Errorf(block.Unavailable, "volume %q is not ready yet: %s", name, v.Waiting)
 			}

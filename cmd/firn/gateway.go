@@ -110,6 +110,7 @@ type served struct {
 	catalog *catalog
 	gateway *gateway.Gateway
 	nbd     *nbd.Server
+	targets *volumeTargets // nil without iSCSI
 	yielded yielded
 	// creds are for the API, in both directions.
 	creds credentials.TransportCredentials
@@ -164,7 +165,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 		}
 	}()
 	parts.push("NBD server", func(ctx context.Context) error {
-		err := server.Shutdown(ctx)
+		err := stopClients(ctx, "NBD", server.Shutdown)
 		<-serving
 		return err
 	})

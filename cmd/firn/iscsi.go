@@ -58,6 +58,7 @@ func (s *served) serveISCSI(front iscsiFront, parts *stack, failed func(error)) 
 	targets := &volumeTargets{gateway: s.gateway, store: s.store, units: map[block.VolumeID]*sharedUnit{}}
 	server := iscsi.NewServer(targets, opt)
 	targets.server = server
+	s.targets = targets
 	serving := make(chan struct{})
 	go func() {
 		defer close(serving)
@@ -66,7 +67,7 @@ func (s *served) serveISCSI(front iscsiFront, parts *stack, failed func(error)) 
 		}
 	}()
 	parts.push("iSCSI server", func(ctx context.Context) error {
-		err := server.Shutdown(ctx)
+		err := stopClients(ctx, "iSCSI", server.Shutdown)
 		<-serving
 		return err
 	})
@@ -180,39 +181,69 @@ func (v *volumeTargets) release(u *sharedUnit) {
 	}
 }
 
+// disconnect ends the sessions of a volume and returns how many when their tasks
+// have ended, or ctx has. v may be nil: there is no iSCSI here.
+func (v *volumeTargets) disconnect(ctx context.Context, id block.VolumeID) (int, error) {
+	if v == nil {
+		return 0, nil
+	}
+	v.mu.Lock()
+	u := v.units[id]
+	v.mu.Unlock()
+	if u == nil {
+		return 0, nil
+	}
+	return v.server.Disconnect(ctx, u.unit)
+}
+
 // attached is a volume whose sessions end with its attachment: the initiators
 // come back, and find the volume here again or at the gateway that has it now.
 type attached struct {
 	*gateway.Volume
-	once sync.Once
 	over func()
 }
 
-func (a *attached) note(err error) error {
-	if err != nil && block.KindOf(err) == block.Fenced {
-		a.once.Do(a.over)
+// note ends the sessions if the error says that the attachment is over: another
+// gateway took the volume, or it was detached here. Without an end of ctx nothing
+// else is the kind Canceled.
+func (a *attached) note(ctx context.Context, err error) error {
+	switch {
+	case err == nil:
+	case block.KindOf(err) == block.Fenced, block.KindOf(err) == block.Canceled && ctx.Err() == nil:
+		a.over()
 	}
 	return err
 }
 
 // ReadAt implements block.Device.
 func (a *attached) ReadAt(ctx context.Context, p []byte, off int64) error {
-	return a.note(a.Volume.ReadAt(ctx, p, off))
+	return a.note(ctx, a.Volume.ReadAt(ctx, p, off))
 }
 
 // WriteAt implements block.Device.
 func (a *attached) WriteAt(ctx context.Context, p []byte, off int64, f block.Flags) error {
-	return a.note(a.Volume.WriteAt(ctx, p, off, f))
+	return a.note(ctx, a.Volume.WriteAt(ctx, p, off, f))
+}
+
+// Flush implements block.Device.
+func (a *attached) Flush(ctx context.Context) error {
+	return a.note(ctx, a.Volume.Flush(ctx))
 }
 
 // Trim implements block.Device.
 func (a *attached) Trim(ctx context.Context, off, n int64, f block.Flags) error {
-	return a.note(a.Volume.Trim(ctx, off, n, f))
+	return a.note(ctx, a.Volume.Trim(ctx, off, n, f))
 }
 
 // WriteZeroes implements block.Device.
 func (a *attached) WriteZeroes(ctx context.Context, off, n int64, f block.Flags) error {
-	return a.note(a.Volume.WriteZeroes(ctx, off, n, f))
+	return a.note(ctx, a.Volume.WriteZeroes(ctx, off, n, f))
+}
+
+// Extents implements block.Device.
+func (a *attached) Extents(ctx context.Context, dst []block.Extent, off, n int64, limit int) ([]block.Extent, error) {
+	dst, err := a.Volume.Extents(ctx, dst, off, n, limit)
+	return dst, a.note(ctx, err)
 }
 
 // reservationStore keeps a volume's persistent reservations in the cluster's

@@ -156,6 +156,7 @@ func gatewayMetrics(g *gateway.Gateway, server *nbd.Server) collector {
 		emit(nbdBad, prometheus.CounterValue, float64(s.HandshakeFailures), "handshake")
 		emit(nbdBad, prometheus.CounterValue, float64(s.Violations), "violation")
 		emit(nbdBad, prometheus.CounterValue, float64(s.Superseded), "superseded")
+		emit(nbdBad, prometheus.CounterValue, float64(s.Moved), "moved")
 		for c, n := range s.Requests {
 			emit(nbdRequests, prometheus.CounterValue, float64(n), wire.Command(c).String())
 		}

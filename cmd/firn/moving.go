@@ -102,11 +102,13 @@ func (a adminAPI) DetachVolume(ctx context.Context, r *clusterpb.DetachVolumeReq
 func (s *served) detachHere(ctx context.Context, v meta.VolumeMeta, force bool) error {
 	if force {
 		s.yielded.add(v.ID)
-		cut, err := s.nbd.Disconnect(ctx, func(_ nbd.Client, export string) bool { return export == v.Name })
-		if err != nil {
+		// By its id: it may have been renamed since they entered.
+		cut, err := s.nbd.Disconnect(ctx, func(_ nbd.Client, export nbd.Info) bool { return export.ID == v.ID.String() })
+		sessions, sessionsErr := s.targets.disconnect(ctx, v.ID)
+		if err := errors.Join(err, sessionsErr); err != nil {
 			slog.Warn("clients were cut off with requests in flight", "volume", v.Name, "err", err)
 		}
-		slog.Info("volume is given away", "volume", v.Name, "connections", cut)
+		slog.Info("volume is given away", "volume", v.Name, "connections", cut, "sessions", sessions)
 	}
 	err := s.gateway.Detach(ctx, v.ID, force)
 	if errors.Is(err, block.Busy) {

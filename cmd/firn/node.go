@@ -83,11 +83,15 @@ func newNode(c *console, r *remote) *cobra.Command {
 				network := func(l loop.Loop, id transport.Identity, _ string) transport.Network {
 					return grpc.New(grpc.Options{Loop: l, Identity: id, ClientTLS: config, ServerTLS: config})
 				}
-				s, err := openStorage(ctx, storageConfig{
+				cfg := storageConfig{
 					id: block.NodeID(id), cluster: clusterID, listen: listenAddr, advertise: advertise, zone: zone, disks: configs,
 					store: store, network: network, metrics: page.metrics,
-				}, parts)
+				}
+				s, err := openStorage(ctx, cfg, parts)
 				if err != nil {
+					return err
+				}
+				if err := s.start(ctx, cfg, parts); err != nil {
 					return err
 				}
 				v := readyView{Ready: true, Cluster: clusterID.String(), Listen: s.node.Addr()}

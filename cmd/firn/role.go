@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -24,9 +25,17 @@ const (
 	startTime = 30 * time.Second
 	// registerTime bounds a gateway's way into etcd once that answers.
 	registerTime = 10 * time.Second
-	// stopTime bounds an orderly stop; what is not done by then is left to the
-	// restart, which finds everything that was acknowledged.
-	stopTime = 20 * time.Second
+	// stopTime is what an orderly stop takes at most, as long as every part ends
+	// within its share of it: what is left of stopTime, but at most partTime, so
+	// that one that hangs takes nothing from those after it, and at least
+	// leastPartTime. What is not done by then is left to the restart, which finds
+	// everything that was acknowledged.
+	stopTime      = 20 * time.Second
+	partTime      = 8 * time.Second
+	leastPartTime = 2 * time.Second
+	// clientsTime is how long the clients of a frontend may take to end what they
+	// have in flight; then their connections are cut.
+	clientsTime = 3 * time.Second
 )
 
 // stack closes what was opened, in reverse.
@@ -39,12 +48,13 @@ func (s *stack) push(name string, closer func(context.Context) error) {
 	s.names, s.closers = append(s.names, name), append(s.closers, closer)
 }
 
-// close closes everything and returns the first error. It waits for all, each
-// within ctx.
-func (s *stack) close(ctx context.Context) error {
+// close closes everything, each part within its share of the time, and returns the
+// first error.
+func (s *stack) close() error {
 	var first error
+	deadline := time.Now().Add(stopTime)
 	for i := len(s.closers) - 1; i >= 0; i-- {
-		if err := s.closers[i](ctx); err != nil {
+		if err := s.closePart(i, min(partTime, max(leastPartTime, time.Until(deadline)))); err != nil {
 			slog.Warn("stop", "part", s.names[i], "err", err)
 			// etcd is away: what is not given back ends with its lease.
 			if first == nil && block.KindOf(err) != block.Unavailable {
@@ -54,6 +64,25 @@ func (s *stack) close(ctx context.Context) error {
 	}
 	s.names, s.closers = nil, nil
 	return first
+}
+
+func (s *stack) closePart(i int, share time.Duration) error {
+	ctx, cancel := context.WithTimeout(context.Background(), share)
+	defer cancel()
+	return s.closers[i](ctx)
+}
+
+// stopClients is a frontend's stop: shutdown waits for its clients, and closes
+// their connections when its context ends first, which is no failure.
+func stopClients(ctx context.Context, front string, shutdown func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, clientsTime)
+	defer cancel()
+	err := shutdown(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		slog.Warn("clients did not end what they had in flight; their connections were cut", "frontend", front, "waited", clientsTime)
+		return nil
+	}
+	return err
 }
 
 // serveUntil runs a role: open, say that it is ready, wait for a signal or a
@@ -76,9 +105,7 @@ func serveUntil(ctx context.Context, open func(context.Context, *stack, func(err
 	} else if ctx.Err() != nil {
 		err = nil // stopped while it started: that is no failure
 	}
-	stopping, cancel := context.WithTimeout(context.Background(), stopTime)
-	defer cancel()
-	if closeErr := parts.close(stopping); err == nil {
+	if closeErr := parts.close(); err == nil {
 		err = closeErr
 	}
 	return err
@@ -117,12 +144,10 @@ func lockFolder(ctx context.Context, fs vfs.FS, dir string) (io.Closer, error) {
 		return err
 	})
 	if err == nil {
-		err = os.WriteFile(dir+"/"+pidName, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644)
-		if err != nil {
-			l.Close()
+		// Only for the message below, in another process: the lock counts.
+		if err := os.WriteFile(dir+"/"+pidName, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644); err != nil {
+			slog.Warn("the folder's holder is not written down; others will not be told which process it is", "err", err)
 		}
-	}
-	if err == nil {
 		return l, nil
 	}
 	if block.KindOf(err) != block.Busy {

@@ -47,6 +47,7 @@ type storageConfig struct {
 type storage struct {
 	loop *loop.System
 	node *node.Node
+	fs   vfs.FS
 	// store and session tell whether the node's place is another process's.
 	store   meta.Store
 	session uint64
@@ -65,8 +66,8 @@ func openError(cfg storageConfig, err error) error {
 	return err
 }
 
-// openStorage starts a node and its candidate for coordinator, and pushes their
-// stops on parts.
+// openStorage opens a node's disks; start makes it a node of the cluster. One that
+// is not started is left as a crash would leave it.
 func openStorage(ctx context.Context, cfg storageConfig, parts *stack) (*storage, error) {
 	boot, err := bootID()
 	if err != nil {
@@ -100,14 +101,20 @@ func openStorage(ctx context.Context, cfg storageConfig, parts *stack) (*storage
 	if err != nil {
 		return nil, openError(cfg, err)
 	}
-	if !l.Call(func() { err = n.Start() }) || err != nil {
-		return nil, openError(cfg, err)
+	return &storage{loop: l, node: n, fs: fs, store: cfg.store, session: session}, nil
+}
+
+// start starts the node and its candidate for coordinator, and pushes their stops
+// on parts.
+func (s *storage) start(ctx context.Context, cfg storageConfig, parts *stack) error {
+	var err error
+	if !s.loop.Call(func() { err = s.node.Start() }) || err != nil {
+		return openError(cfg, err)
 	}
-	s := &storage{loop: l, node: n, store: cfg.store, session: session}
-	parts.push(name, s.stop)
-	cfg.metrics.MustRegister(nodeMetrics(strconv.Itoa(int(cfg.id)), fs, s.status))
+	parts.push(fmt.Sprintf("node %d", cfg.id), s.stop)
+	cfg.metrics.MustRegister(nodeMetrics(strconv.Itoa(int(cfg.id)), s.fs, s.status))
 	s.coordinate(ctx, cfg, parts)
-	return s, nil
+	return nil
 }
 
 // startClient starts a client on its loop and pushes its stop on parts. It

@@ -39,8 +39,8 @@ const (
 	maxUpNodes = 16
 )
 
-// openUpState reads up.json, or makes it, and takes nodes up if it has grown.
-// nodes 0 asks for as many as there are, or one.
+// openUpState reads up.json, or makes what it is to say, with nodes, if they have
+// grown: save keeps that. nodes 0 asks for as many as there are, or one.
 func openUpState(disk vfs.FS, dir string, nodes int) (upState, error) {
 	path := filepath.Join(dir, upName)
 	s := upState{Format: upFormat}
@@ -64,15 +64,18 @@ func openUpState(disk vfs.FS, dir string, nodes int) (upState, error) {
 	if nodes < s.Nodes {
 		return s, block.Errorf(block.Invalid, "the folder %s holds %d nodes, --nodes %d would leave some of their data behind; give --nodes %d, or nothing", dir, s.Nodes, nodes, s.Nodes)
 	}
-	if nodes == s.Nodes {
-		return s, nil
-	}
 	s.Nodes = nodes
-	text, err = json.MarshalIndent(s, "", "  ")
-	if err == nil {
-		err = vfs.WriteFileAtomic(disk, path, append(text, '\n'))
+	return s, nil
+}
+
+// save writes up.json, durably. That is when all nodes can be opened, for fewer are
+// refused from then on, and before one of them joins the cluster and is given data.
+func (s upState) save(disk vfs.FS, dir string) error {
+	text, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return err
 	}
-	return s, err
+	return vfs.WriteFileAtomic(disk, filepath.Join(dir, upName), append(text, '\n'))
 }
 
 // folderID identifies a data folder in owner keys.
@@ -210,19 +213,30 @@ func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts 
 			return nil
 		}
 	}
-	for i := 1; i <= state.Nodes; i++ {
+	config := func(i int) storageConfig {
 		listen := fmt.Sprintf("node-%d", i)
 		if u.wire {
 			listen = "127.0.0.1:0"
 		}
-		n, err := openStorage(ctx, storageConfig{
+		return storageConfig{
 			id: block.NodeID(i), cluster: clusterMeta.ID, listen: listen, store: etcd.store, network: network, metrics: metrics,
 			disks: []node.DiskConfig{{Dir: filepath.Join(u.data, fmt.Sprintf("node-%d", i)), CapacityBytes: int64(u.capacity), Sharing: state.Nodes}},
-		}, parts)
+		}
+	}
+	for i := 1; i <= state.Nodes; i++ {
+		n, err := openStorage(ctx, config(i), parts)
 		if err != nil {
 			return err
 		}
 		nodes = append(nodes, n)
+	}
+	if err := state.save(disk, u.data); err != nil {
+		return err
+	}
+	for i, n := range nodes {
+		if err := n.start(ctx, config(i+1), parts); err != nil {
+			return err
+		}
 	}
 	starting, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()

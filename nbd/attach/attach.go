@@ -133,6 +133,9 @@ type Device struct {
 	mu     sync.Mutex
 	status Status
 	slots  []slot
+	// byID: the volume is asked for by its UUID, for its name is not Config.Export
+	// any more.
+	byID bool
 	// downSince is when the last connection was lost, 0 if there is one.
 	downSince clock.Instant
 

@@ -108,6 +108,93 @@ func TestMovesToTheOtherServer(t *testing.T) {
 	}
 }
 
+// catalog is an Exports of volumes by names that change, and by their UUIDs.
+type catalog struct {
+	mu    sync.Mutex
+	named map[string]*blocktest.Device
+}
+
+func (c *catalog) find(name string) (*blocktest.Device, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if d, ok := c.named[name]; ok {
+		return d, nil
+	}
+	for _, d := range c.named {
+		if d.Geometry().ID.String() == name {
+			return d, nil
+		}
+	}
+	return nil, block.Errorf(block.NotFound, "there is no volume %q", name)
+}
+
+func (c *catalog) List(context.Context) ([]nbd.Info, error) { return nil, nil }
+func (c *catalog) Info(_ context.Context, name string) (nbd.Info, error) {
+	d, err := c.find(name)
+	if err != nil {
+		return nbd.Info{}, err
+	}
+	return device.Info(d.Geometry()), nil
+}
+func (c *catalog) Open(_ context.Context, name string) (*nbd.Export, error) {
+	d, err := c.find(name)
+	if err != nil {
+		return nil, err
+	}
+	return device.Export(d, func() {}), nil
+}
+
+// TestFollowsARename: a device whose volume was renamed finds it again, also when
+// another volume has its old name, and when the old name is its own again.
+func TestFollowsARename(t *testing.T) {
+	t.Parallel()
+	volume := blocktest.New(blocktest.Options{Name: "v", Bytes: 1 << 20, ID: block.VolumeID{1}})
+	stranger := blocktest.New(blocktest.Options{Name: "v", Bytes: 1 << 20, ID: block.VolumeID{2}})
+	exports := &catalog{named: map[string]*blocktest.Device{"v": volume}}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := nbd.NewServer(exports, nbd.Options{})
+	over := make(chan struct{})
+	go func() { defer close(over); s.Serve(l) }()
+	defer func() { s.Close(); <-over }()
+	changes := make(chan Status, 256)
+	ctx, cancel := context.WithCancel(context.Background())
+	d, err := Attach(ctx, Config{Export: "v", Gateways: []string{l.Addr().String()}, Kernel: &driver{dead: make(chan int), reconnect: 1}, Index: -1,
+		Changed: func(s Status) { changes <- s }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ran := make(chan error, 1)
+	go func() { ran <- d.Run(ctx) }()
+	for i, named := range []map[string]*blocktest.Device{{"w": volume}, {"w": volume, "v": stranger}, {"x": volume}, {"v": volume}} {
+		exports.mu.Lock()
+		exports.named = named
+		exports.mu.Unlock()
+		cut, err := s.Disconnect(ctx, func(_ nbd.Client, e nbd.Info) bool { return e.ID == volume.Geometry().ID.String() })
+		if cut != 1 || err != nil {
+			t.Fatalf("%d: cut %d, %v", i, cut, err)
+		}
+		patience := time.After(10 * time.Second)
+		for back := false; !back; {
+			select {
+			case s := <-changes:
+				back = s.Reconnects == uint64(i+1)
+			case <-patience:
+				t.Fatalf("%d: not connected again: %+v", i, d.Status())
+			}
+		}
+	}
+	cancel()
+	if err := <-ran; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestAdopt(t *testing.T) {
 	t.Parallel()
 	volume := blocktest.New(blocktest.Options{Name: "v", Bytes: 1 << 20})

@@ -284,10 +284,49 @@ func (d *Device) tryGateway(ctx context.Context, addr string) (int, client.Expor
 	return d.enter(ctx, addr, 0)
 }
 
+// info asks for the export: by its name or, if there is none of that name or
+// another volume has it now, by the UUID that the device's volume keeps whatever
+// it is called. Which one worked is what enter uses.
 func (d *Device) info(ctx context.Context, addr string) (client.Export, error) {
 	ctx, cancel := context.WithTimeout(ctx, infoTime)
 	defer cancel()
-	return client.Info(ctx, addr, d.cfg.Export)
+	export, err := client.Info(ctx, addr, d.export())
+	d.mu.Lock()
+	backend, byID := d.status.Backend, d.byID
+	d.mu.Unlock()
+	if _, notUUID := block.ParseUUID(backend); notUUID != nil {
+		return export, err
+	}
+	var refused *client.OptionError
+	unknown := errors.As(err, &refused) && refused.Reply == wire.RepErrUnknown
+	if !unknown && (err != nil || backendOf(export, d.cfg) == backend) {
+		return export, err
+	}
+	other := backend
+	if byID {
+		other = d.cfg.Export
+	}
+	found, foundErr := client.Info(ctx, addr, other)
+	if foundErr != nil || backendOf(found, d.cfg) != backend {
+		return export, err
+	}
+	d.mu.Lock()
+	d.byID = !byID
+	d.mu.Unlock()
+	if !byID {
+		d.cfg.Log.Warn("the volume has another name now; it is asked for by its UUID", "volume", d.cfg.Export, "uuid", backend)
+	}
+	return found, nil
+}
+
+// export is what the export is asked for by.
+func (d *Device) export() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.byID {
+		return d.status.Backend
+	}
+	return d.cfg.Export
 }
 
 // order returns the gateways, beginning with first.
@@ -313,7 +352,7 @@ func (d *Device) enter(ctx context.Context, addr string, number uint32) (int, cl
 	d.mu.Lock()
 	session := wire.Session{ID: d.session, Connection: number, Incarnation: d.status.Incarnation}
 	d.mu.Unlock()
-	nc, export, err := client.Enter(ctx, addr, client.Options{Export: d.cfg.Export, Session: session})
+	nc, export, err := client.Enter(ctx, addr, client.Options{Export: d.export(), Session: session})
 	if err != nil {
 		return -1, export, err
 	}

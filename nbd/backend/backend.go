@@ -74,9 +74,19 @@ func (m *Memory) WriteZeroes(_ context.Context, off, n int64, _ nbd.Flags) error
 
 // File is a Backend of a file or block device of a fixed size. Sync makes it
 // durable; where its file system can, it punches holes for trims and zeroes.
+//
+// A Sync that fails is final: the system may have dropped what it could not write,
+// and would answer the next one with success. From then on every Sync, and every
+// change, fails with the first error; reads go on. Serve the file anew (the process
+// as well, if the device is sick) after its contents were checked.
 type File struct {
 	f    *os.File
 	size int64
+	// sync is f.Sync; tests replace it.
+	sync func() error
+
+	mu     sync.Mutex
+	failed error // of the first sync that did
 }
 
 // NewFileBackend serves f, whose size it takes now. The caller closes f when no
@@ -86,7 +96,7 @@ func NewFileBackend(f *os.File) (*File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("size of %s: %w", f.Name(), err)
 	}
-	return &File{f, size}, nil
+	return &File{f: f, size: size, sync: f.Sync}, nil
 }
 
 // ReadAt implements io.ReaderAt.
@@ -97,14 +107,36 @@ func (b *File) WriteAt(p []byte, off int64) (int, error) {
 	if off > b.size-int64(len(p)) {
 		return 0, nbd.ENOSPC
 	}
+	if err := b.lost(); err != nil {
+		return 0, err
+	}
 	return b.f.WriteAt(p, off)
 }
 
 // Size implements Backend.
 func (b *File) Size() (int64, error) { return b.size, nil }
 
+// lost is why nothing of the file can be made durable any more, or nil.
+func (b *File) lost() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.failed
+}
+
 // Sync implements Backend.
-func (b *File) Sync() error { return b.f.Sync() }
+func (b *File) Sync() error {
+	if err := b.lost(); err != nil {
+		return err
+	}
+	err := b.sync()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err != nil && b.failed == nil {
+		b.failed = fmt.Errorf("a sync of %s failed, writes may be lost; nothing more is written: %w", b.f.Name(), err)
+	}
+	// Also if another one failed meanwhile: which writes that lost is not known.
+	return b.failed
+}
 
 // Trim implements nbd.Trimmer: where holes cannot be punched nothing happens.
 func (b *File) Trim(ctx context.Context, off, n int64, f nbd.Flags) error {
@@ -133,6 +165,9 @@ func (b *File) WriteZeroes(ctx context.Context, off, n int64, f nbd.Flags) error
 }
 
 func (b *File) punch(off, n int64) error {
+	if err := b.lost(); err != nil {
+		return err
+	}
 	return unix.Fallocate(int(b.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
 }
 
@@ -154,7 +189,7 @@ func (b *File) writeZeros(ctx context.Context, off, n int64) error {
 
 func (b *File) durable(f nbd.Flags) error {
 	if f&nbd.FUA != 0 {
-		return b.f.Sync()
+		return b.Sync()
 	}
 	return nil
 }

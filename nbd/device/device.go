@@ -28,6 +28,7 @@ func Info(g block.Geometry) nbd.Info {
 	}
 	return nbd.Info{
 		Name:           g.Name,
+		ID:             g.ID.String(),
 		Description:    "Firn volume " + g.ID.String(),
 		Bytes:          g.SizeBytes,
 		ReadOnly:       g.ReadOnly,

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -258,4 +259,29 @@ refused('ENOSPC', h.zero, 4096, size)
 h.pwrite(b'q' * 512, size - 512)
 assert bytes(h.pread(512, size - 512)) == b'q' * 512
 `)
+}
+
+// TestAbortedUpKeepsItsNodes: a start with more nodes that fails leaves the folder
+// as it was: neither are fewer refused, nor are nodes known that never came.
+func TestAbortedUpKeepsItsNodes(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "node-3"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := try(t, firnBinary, "up", "--data", dir, "--nodes", "16", "--nbd", freeAddr(t), "--api", freeAddr(t), "--http", freeAddr(t))
+	if r.exit == 0 || !strings.Contains(r.stderr, "node-3") {
+		t.Fatalf("up with a file for a node's folder: exit %d, %s", r.exit, r.stderr)
+	}
+	s := up(t, dir, "--nodes", "1", "--volume", "v=64M")
+	if out := s.firn("node", "ls"); strings.Count(out, "\n") != 2 || !strings.Contains(out, " up ") {
+		t.Errorf("nodes of an aborted start are left:\n%s", out)
+	}
+	if err := s.stop(); err != nil {
+		t.Error(err)
+	}
+	if r := try(t, firnBinary, "up", "--data", dir, "--nodes", "2", "--nbd", "nowhere:x"); r.exit == 0 {
+		t.Error("up at an address that is none")
+	}
+	up(t, dir, "--nodes", "1")
 }

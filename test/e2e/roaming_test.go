@@ -168,7 +168,7 @@ func (d *roamingDevice) do(ctx context.Context, command wire.Command, data []byt
 		switch {
 		case err == nil:
 			return nil
-		case errors.As(err, &refused) && refused != wire.ESHUTDOWN:
+		case errors.As(err, &refused): // ESHUTDOWN as well: the kernel makes EIO of it
 			return err
 		case ctx.Err() != nil:
 			return ctx.Err()
