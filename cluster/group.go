@@ -51,7 +51,7 @@ func (c *Client) groupChanged(kv meta.KV) {
 	}
 	g.replicas = g.replicas[:0]
 	for _, r := range m.Replicas {
-		if !r.Lost {
+		if !r.Dead() {
 			g.replicas = append(g.replicas, r.Node)
 		}
 	}

@@ -888,8 +888,10 @@ type Node struct {
 	Replicas       uint32 `protobuf:"varint,6,opt,name=replicas,proto3" json:"replicas,omitempty"`
 	HaltedReplicas uint32 `protobuf:"varint,7,opt,name=halted_replicas,json=haltedReplicas,proto3" json:"halted_replicas,omitempty"`
 	HaltedReason   string `protobuf:"bytes,8,opt,name=halted_reason,json=haltedReason,proto3" json:"halted_reason,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Replicas that were replaced, and whose data is still to be removed.
+	RetiredReplicas uint32 `protobuf:"varint,9,opt,name=retired_replicas,json=retiredReplicas,proto3" json:"retired_replicas,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Node) Reset() {
@@ -978,6 +980,151 @@ func (x *Node) GetHaltedReason() string {
 	return ""
 }
 
+func (x *Node) GetRetiredReplicas() uint32 {
+	if x != nil {
+		return x.RetiredReplicas
+	}
+	return 0
+}
+
+// Repair is one replica that is made in the place of another, or filled because
+// it fell behind the log of its group.
+type Repair struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Group   uint64                 `protobuf:"varint,1,opt,name=group,proto3" json:"group,omitempty"`
+	Replica uint64                 `protobuf:"varint,2,opt,name=replica,proto3" json:"replica,omitempty"`
+	Node    uint32                 `protobuf:"varint,3,opt,name=node,proto3" json:"node,omitempty"`
+	// What it takes the place of; 0: of nothing, it was behind.
+	Replaces     uint64 `protobuf:"varint,4,opt,name=replaces,proto3" json:"replaces,omitempty"`
+	ReplacesNode uint32 `protobuf:"varint,5,opt,name=replaces_node,json=replacesNode,proto3" json:"replaces_node,omitempty"`
+	// ordered, waiting, copying, following (the log), given up.
+	State string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
+	// The node that it is copied from, 0 if it is not; the rest is 0 as long as it
+	// is not known.
+	FromNode      uint32 `protobuf:"varint,7,opt,name=from_node,json=fromNode,proto3" json:"from_node,omitempty"`
+	DoneChunks    uint32 `protobuf:"varint,8,opt,name=done_chunks,json=doneChunks,proto3" json:"done_chunks,omitempty"`
+	TotalChunks   uint32 `protobuf:"varint,9,opt,name=total_chunks,json=totalChunks,proto3" json:"total_chunks,omitempty"`
+	Bytes         int64  `protobuf:"varint,10,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	TotalBytes    int64  `protobuf:"varint,11,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	LeftSeconds   uint32 `protobuf:"varint,12,opt,name=left_seconds,json=leftSeconds,proto3" json:"left_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Repair) Reset() {
+	*x = Repair{}
+	mi := &file_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Repair) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Repair) ProtoMessage() {}
+
+func (x *Repair) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Repair.ProtoReflect.Descriptor instead.
+func (*Repair) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Repair) GetGroup() uint64 {
+	if x != nil {
+		return x.Group
+	}
+	return 0
+}
+
+func (x *Repair) GetReplica() uint64 {
+	if x != nil {
+		return x.Replica
+	}
+	return 0
+}
+
+func (x *Repair) GetNode() uint32 {
+	if x != nil {
+		return x.Node
+	}
+	return 0
+}
+
+func (x *Repair) GetReplaces() uint64 {
+	if x != nil {
+		return x.Replaces
+	}
+	return 0
+}
+
+func (x *Repair) GetReplacesNode() uint32 {
+	if x != nil {
+		return x.ReplacesNode
+	}
+	return 0
+}
+
+func (x *Repair) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Repair) GetFromNode() uint32 {
+	if x != nil {
+		return x.FromNode
+	}
+	return 0
+}
+
+func (x *Repair) GetDoneChunks() uint32 {
+	if x != nil {
+		return x.DoneChunks
+	}
+	return 0
+}
+
+func (x *Repair) GetTotalChunks() uint32 {
+	if x != nil {
+		return x.TotalChunks
+	}
+	return 0
+}
+
+func (x *Repair) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Repair) GetTotalBytes() int64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *Repair) GetLeftSeconds() uint32 {
+	if x != nil {
+		return x.LeftSeconds
+	}
+	return 0
+}
+
 type ListNodesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -986,7 +1133,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_admin_proto_msgTypes[15]
+	mi := &file_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -998,7 +1145,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[15]
+	mi := &file_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1011,7 +1158,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{15}
+	return file_admin_proto_rawDescGZIP(), []int{16}
 }
 
 type ListNodesResponse struct {
@@ -1023,7 +1170,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_admin_proto_msgTypes[16]
+	mi := &file_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1182,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[16]
+	mi := &file_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1195,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{16}
+	return file_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListNodesResponse) GetNodes() []*Node {
@@ -1066,7 +1213,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1078,7 +1225,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[17]
+	mi := &file_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1091,7 +1238,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{17}
+	return file_admin_proto_rawDescGZIP(), []int{18}
 }
 
 type StatusResponse struct {
@@ -1105,13 +1252,14 @@ type StatusResponse struct {
 	Volumes       []*Volume  `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`
 	Groups        uint32     `protobuf:"varint,7,opt,name=groups,proto3" json:"groups,omitempty"`
 	Problems      []*Problem `protobuf:"bytes,8,rep,name=problems,proto3" json:"problems,omitempty"`
+	Repairs       []*Repair  `protobuf:"bytes,9,rep,name=repairs,proto3" json:"repairs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1123,7 +1271,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[18]
+	mi := &file_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1136,7 +1284,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{18}
+	return file_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StatusResponse) GetClusterId() string {
@@ -1195,6 +1343,13 @@ func (x *StatusResponse) GetProblems() []*Problem {
 	return nil
 }
 
+func (x *StatusResponse) GetRepairs() []*Repair {
+	if x != nil {
+		return x.Repairs
+	}
+	return nil
+}
+
 // Problem is one thing that is wrong now, and what to do about it.
 type Problem struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1208,7 +1363,7 @@ type Problem struct {
 
 func (x *Problem) Reset() {
 	*x = Problem{}
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1220,7 +1375,7 @@ func (x *Problem) String() string {
 func (*Problem) ProtoMessage() {}
 
 func (x *Problem) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[19]
+	mi := &file_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1233,7 +1388,7 @@ func (x *Problem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Problem.ProtoReflect.Descriptor instead.
 func (*Problem) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{19}
+	return file_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Problem) GetSeverity() string {
@@ -1265,7 +1420,7 @@ type HealthRequest struct {
 
 func (x *HealthRequest) Reset() {
 	*x = HealthRequest{}
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1277,7 +1432,7 @@ func (x *HealthRequest) String() string {
 func (*HealthRequest) ProtoMessage() {}
 
 func (x *HealthRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1290,7 +1445,7 @@ func (x *HealthRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthRequest.ProtoReflect.Descriptor instead.
 func (*HealthRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_proto_rawDescGZIP(), []int{21}
 }
 
 type HealthResponse struct {
@@ -1303,7 +1458,7 @@ type HealthResponse struct {
 
 func (x *HealthResponse) Reset() {
 	*x = HealthResponse{}
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1470,7 @@ func (x *HealthResponse) String() string {
 func (*HealthResponse) ProtoMessage() {}
 
 func (x *HealthResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1483,7 @@ func (x *HealthResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthResponse.ProtoReflect.Descriptor instead.
 func (*HealthResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *HealthResponse) GetHealthy() bool {
@@ -1420,7 +1575,7 @@ const file_admin_proto_rawDesc = "" +
 	"live_bytes\x18\b \x01(\x03R\tliveBytes\x12\x1b\n" +
 	"\tlog_bytes\x18\t \x01(\x03R\blogBytes\x12#\n" +
 	"\rcorrupt_reads\x18\n" +
-	" \x01(\x04R\fcorruptReads\"\xe9\x01\n" +
+	" \x01(\x04R\fcorruptReads\"\x94\x02\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x12\n" +
@@ -1429,11 +1584,28 @@ const file_admin_proto_rawDesc = "" +
 	"\x05disks\x18\x05 \x03(\v2\x13.firn.admin.v1.DiskR\x05disks\x12\x1a\n" +
 	"\breplicas\x18\x06 \x01(\rR\breplicas\x12'\n" +
 	"\x0fhalted_replicas\x18\a \x01(\rR\x0ehaltedReplicas\x12#\n" +
-	"\rhalted_reason\x18\b \x01(\tR\fhaltedReason\"\x12\n" +
+	"\rhalted_reason\x18\b \x01(\tR\fhaltedReason\x12)\n" +
+	"\x10retired_replicas\x18\t \x01(\rR\x0fretiredReplicas\"\xde\x02\n" +
+	"\x06Repair\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\x04R\x05group\x12\x18\n" +
+	"\areplica\x18\x02 \x01(\x04R\areplica\x12\x12\n" +
+	"\x04node\x18\x03 \x01(\rR\x04node\x12\x1a\n" +
+	"\breplaces\x18\x04 \x01(\x04R\breplaces\x12#\n" +
+	"\rreplaces_node\x18\x05 \x01(\rR\freplacesNode\x12\x14\n" +
+	"\x05state\x18\x06 \x01(\tR\x05state\x12\x1b\n" +
+	"\tfrom_node\x18\a \x01(\rR\bfromNode\x12\x1f\n" +
+	"\vdone_chunks\x18\b \x01(\rR\n" +
+	"doneChunks\x12!\n" +
+	"\ftotal_chunks\x18\t \x01(\rR\vtotalChunks\x12\x14\n" +
+	"\x05bytes\x18\n" +
+	" \x01(\x03R\x05bytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\v \x01(\x03R\n" +
+	"totalBytes\x12!\n" +
+	"\fleft_seconds\x18\f \x01(\rR\vleftSeconds\"\x12\n" +
 	"\x10ListNodesRequest\">\n" +
 	"\x11ListNodesResponse\x12)\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x13.firn.admin.v1.NodeR\x05nodes\"\x0f\n" +
-	"\rStatusRequest\"\xa6\x02\n" +
+	"\rStatusRequest\"\xd7\x02\n" +
 	"\x0eStatusResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x18\n" +
@@ -1443,7 +1615,8 @@ const file_admin_proto_rawDesc = "" +
 	"\x05nodes\x18\x05 \x03(\v2\x13.firn.admin.v1.NodeR\x05nodes\x12/\n" +
 	"\avolumes\x18\x06 \x03(\v2\x15.firn.admin.v1.VolumeR\avolumes\x12\x16\n" +
 	"\x06groups\x18\a \x01(\rR\x06groups\x122\n" +
-	"\bproblems\x18\b \x03(\v2\x16.firn.admin.v1.ProblemR\bproblems\"Q\n" +
+	"\bproblems\x18\b \x03(\v2\x16.firn.admin.v1.ProblemR\bproblems\x12/\n" +
+	"\arepairs\x18\t \x03(\v2\x15.firn.admin.v1.RepairR\arepairs\"Q\n" +
 	"\aProblem\x12\x1a\n" +
 	"\bseverity\x18\x01 \x01(\tR\bseverity\x12\x12\n" +
 	"\x04what\x18\x02 \x01(\tR\x04what\x12\x16\n" +
@@ -1478,7 +1651,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_admin_proto_goTypes = []any{
 	(*ErrorKind)(nil),            // 0: firn.admin.v1.ErrorKind
 	(*Volume)(nil),               // 1: firn.admin.v1.Volume
@@ -1495,13 +1668,14 @@ var file_admin_proto_goTypes = []any{
 	(*DetachVolumeResponse)(nil), // 12: firn.admin.v1.DetachVolumeResponse
 	(*Disk)(nil),                 // 13: firn.admin.v1.Disk
 	(*Node)(nil),                 // 14: firn.admin.v1.Node
-	(*ListNodesRequest)(nil),     // 15: firn.admin.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),    // 16: firn.admin.v1.ListNodesResponse
-	(*StatusRequest)(nil),        // 17: firn.admin.v1.StatusRequest
-	(*StatusResponse)(nil),       // 18: firn.admin.v1.StatusResponse
-	(*Problem)(nil),              // 19: firn.admin.v1.Problem
-	(*HealthRequest)(nil),        // 20: firn.admin.v1.HealthRequest
-	(*HealthResponse)(nil),       // 21: firn.admin.v1.HealthResponse
+	(*Repair)(nil),               // 15: firn.admin.v1.Repair
+	(*ListNodesRequest)(nil),     // 16: firn.admin.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),    // 17: firn.admin.v1.ListNodesResponse
+	(*StatusRequest)(nil),        // 18: firn.admin.v1.StatusRequest
+	(*StatusResponse)(nil),       // 19: firn.admin.v1.StatusResponse
+	(*Problem)(nil),              // 20: firn.admin.v1.Problem
+	(*HealthRequest)(nil),        // 21: firn.admin.v1.HealthRequest
+	(*HealthResponse)(nil),       // 22: firn.admin.v1.HealthResponse
 }
 var file_admin_proto_depIdxs = []int32{
 	1,  // 0: firn.admin.v1.ListVolumesResponse.volumes:type_name -> firn.admin.v1.Volume
@@ -1509,35 +1683,36 @@ var file_admin_proto_depIdxs = []int32{
 	14, // 2: firn.admin.v1.ListNodesResponse.nodes:type_name -> firn.admin.v1.Node
 	14, // 3: firn.admin.v1.StatusResponse.nodes:type_name -> firn.admin.v1.Node
 	1,  // 4: firn.admin.v1.StatusResponse.volumes:type_name -> firn.admin.v1.Volume
-	19, // 5: firn.admin.v1.StatusResponse.problems:type_name -> firn.admin.v1.Problem
-	19, // 6: firn.admin.v1.HealthResponse.problems:type_name -> firn.admin.v1.Problem
-	2,  // 7: firn.admin.v1.Admin.CreateVolume:input_type -> firn.admin.v1.CreateVolumeRequest
-	3,  // 8: firn.admin.v1.Admin.ListVolumes:input_type -> firn.admin.v1.ListVolumesRequest
-	5,  // 9: firn.admin.v1.Admin.ShowVolume:input_type -> firn.admin.v1.ShowVolumeRequest
-	6,  // 10: firn.admin.v1.Admin.SetVolume:input_type -> firn.admin.v1.SetVolumeRequest
-	7,  // 11: firn.admin.v1.Admin.ResizeVolume:input_type -> firn.admin.v1.ResizeVolumeRequest
-	8,  // 12: firn.admin.v1.Admin.RenameVolume:input_type -> firn.admin.v1.RenameVolumeRequest
-	9,  // 13: firn.admin.v1.Admin.RemoveVolume:input_type -> firn.admin.v1.RemoveVolumeRequest
-	11, // 14: firn.admin.v1.Admin.DetachVolume:input_type -> firn.admin.v1.DetachVolumeRequest
-	15, // 15: firn.admin.v1.Admin.ListNodes:input_type -> firn.admin.v1.ListNodesRequest
-	17, // 16: firn.admin.v1.Admin.Status:input_type -> firn.admin.v1.StatusRequest
-	20, // 17: firn.admin.v1.Admin.Health:input_type -> firn.admin.v1.HealthRequest
-	1,  // 18: firn.admin.v1.Admin.CreateVolume:output_type -> firn.admin.v1.Volume
-	4,  // 19: firn.admin.v1.Admin.ListVolumes:output_type -> firn.admin.v1.ListVolumesResponse
-	1,  // 20: firn.admin.v1.Admin.ShowVolume:output_type -> firn.admin.v1.Volume
-	1,  // 21: firn.admin.v1.Admin.SetVolume:output_type -> firn.admin.v1.Volume
-	1,  // 22: firn.admin.v1.Admin.ResizeVolume:output_type -> firn.admin.v1.Volume
-	1,  // 23: firn.admin.v1.Admin.RenameVolume:output_type -> firn.admin.v1.Volume
-	10, // 24: firn.admin.v1.Admin.RemoveVolume:output_type -> firn.admin.v1.RemoveVolumeResponse
-	12, // 25: firn.admin.v1.Admin.DetachVolume:output_type -> firn.admin.v1.DetachVolumeResponse
-	16, // 26: firn.admin.v1.Admin.ListNodes:output_type -> firn.admin.v1.ListNodesResponse
-	18, // 27: firn.admin.v1.Admin.Status:output_type -> firn.admin.v1.StatusResponse
-	21, // 28: firn.admin.v1.Admin.Health:output_type -> firn.admin.v1.HealthResponse
-	18, // [18:29] is the sub-list for method output_type
-	7,  // [7:18] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	20, // 5: firn.admin.v1.StatusResponse.problems:type_name -> firn.admin.v1.Problem
+	15, // 6: firn.admin.v1.StatusResponse.repairs:type_name -> firn.admin.v1.Repair
+	20, // 7: firn.admin.v1.HealthResponse.problems:type_name -> firn.admin.v1.Problem
+	2,  // 8: firn.admin.v1.Admin.CreateVolume:input_type -> firn.admin.v1.CreateVolumeRequest
+	3,  // 9: firn.admin.v1.Admin.ListVolumes:input_type -> firn.admin.v1.ListVolumesRequest
+	5,  // 10: firn.admin.v1.Admin.ShowVolume:input_type -> firn.admin.v1.ShowVolumeRequest
+	6,  // 11: firn.admin.v1.Admin.SetVolume:input_type -> firn.admin.v1.SetVolumeRequest
+	7,  // 12: firn.admin.v1.Admin.ResizeVolume:input_type -> firn.admin.v1.ResizeVolumeRequest
+	8,  // 13: firn.admin.v1.Admin.RenameVolume:input_type -> firn.admin.v1.RenameVolumeRequest
+	9,  // 14: firn.admin.v1.Admin.RemoveVolume:input_type -> firn.admin.v1.RemoveVolumeRequest
+	11, // 15: firn.admin.v1.Admin.DetachVolume:input_type -> firn.admin.v1.DetachVolumeRequest
+	16, // 16: firn.admin.v1.Admin.ListNodes:input_type -> firn.admin.v1.ListNodesRequest
+	18, // 17: firn.admin.v1.Admin.Status:input_type -> firn.admin.v1.StatusRequest
+	21, // 18: firn.admin.v1.Admin.Health:input_type -> firn.admin.v1.HealthRequest
+	1,  // 19: firn.admin.v1.Admin.CreateVolume:output_type -> firn.admin.v1.Volume
+	4,  // 20: firn.admin.v1.Admin.ListVolumes:output_type -> firn.admin.v1.ListVolumesResponse
+	1,  // 21: firn.admin.v1.Admin.ShowVolume:output_type -> firn.admin.v1.Volume
+	1,  // 22: firn.admin.v1.Admin.SetVolume:output_type -> firn.admin.v1.Volume
+	1,  // 23: firn.admin.v1.Admin.ResizeVolume:output_type -> firn.admin.v1.Volume
+	1,  // 24: firn.admin.v1.Admin.RenameVolume:output_type -> firn.admin.v1.Volume
+	10, // 25: firn.admin.v1.Admin.RemoveVolume:output_type -> firn.admin.v1.RemoveVolumeResponse
+	12, // 26: firn.admin.v1.Admin.DetachVolume:output_type -> firn.admin.v1.DetachVolumeResponse
+	17, // 27: firn.admin.v1.Admin.ListNodes:output_type -> firn.admin.v1.ListNodesResponse
+	19, // 28: firn.admin.v1.Admin.Status:output_type -> firn.admin.v1.StatusResponse
+	22, // 29: firn.admin.v1.Admin.Health:output_type -> firn.admin.v1.HealthResponse
+	19, // [19:30] is the sub-list for method output_type
+	8,  // [8:19] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -1552,7 +1727,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -36,6 +36,10 @@ type node struct {
 	id    block.NodeID
 	zone  string
 	disks []meta.DiskMeta
+	// slow keeps it from making new replicas members; replaceAfter is that of its
+	// candidate.
+	slow         bool
+	replaceAfter time.Duration
 
 	loop   *loop.Sim
 	client *meta.MemClient
@@ -109,7 +113,7 @@ func (n *node) start() {
 			n.obey(g)
 		}
 	}, nil)
-	n.coord = coordinator.New(coordinator.Config{Loop: l, Store: n.store, Node: n.id, Deleter: n})
+	n.coord = coordinator.New(coordinator.Config{Loop: l, Store: n.store, Node: n.id, Deleter: n, ReplaceAfter: n.replaceAfter})
 	l.Post(func() {
 		session.Start(background)
 		groups.Start(background)
@@ -123,7 +127,7 @@ func (n *node) obey(g meta.GroupMeta) {
 		if r.Node == n.id && !r.Created {
 			n.ack(g.ID, r)
 		}
-		if r.Node == n.id && r.Created && r.Joining {
+		if r.Joining && (r.Node == n.id && r.Created && !n.slow || r.GivenUp) {
 			n.end(g, r)
 		}
 	}
@@ -143,8 +147,14 @@ func (n *node) ack(g block.GroupID, r meta.ReplicaMeta) {
 func (n *node) end(g meta.GroupMeta, r meta.ReplicaMeta) {
 	var err error
 	l := n.loop
+	now := meta.Membership{Index: g.ConfVersion + 30, Last: r.Replica}
+	for _, m := range g.Replicas {
+		if r.GivenUp && !m.Joining || !r.GivenUp && !m.Leaving {
+			now.Members = append(now.Members, m.Replica)
+		}
+	}
 	l.Do(loop.Meta, func() {
-		err = meta.EndReplacement(background, n.client, g.ID, r.Replica, g.ConfVersion+30, r.Replica, true)
+		err = meta.EndReplacement(background, n.client, g.ID, r.Replica, now)
 	}, func() {
 		if err != nil {
 			l.After(200*time.Millisecond, func() { n.end(g, r) })

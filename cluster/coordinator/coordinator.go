@@ -12,8 +12,11 @@
 //
 //	Creating --(groups missing)--> CreateGroups --(nodes acknowledge)--> spans, Ready
 //	Ready, WantBytes above the spans --> the same, spans appended, still Ready
-//	a replica lost, on a failed disk or on a disk that its node lacks for long
+//	a replica lost, damaged, on a failed disk, or on a disk that its node lacks
+//	or a node that is away for long
 //	  --> a new replica ordered --(its group's leader)--> member in its place
+//	the new one is gone too, or the old one is back before the new one is made
+//	  --> given up --(its group's leader)--> as it was; the next order follows
 //	Deleting --> CmdDelete in every group --> the volume's key removed
 //
 // Steps outside of the catalog (CmdDelete) are idempotent, and ordered only for
@@ -67,9 +70,12 @@ type Config struct {
 	// MaxGroupsPerDisk bounds how many replicas a disk gets; 0 is DefaultMaxGroupsPerDisk.
 	MaxGroupsPerDisk int
 	// AbsentAfter is how long a disk may be missing on a node that is up before
-	// its replicas are replaced; 0 is DefaultAbsentAfter. Replicas of a node that
-	// is down are not replaced: it is expected back.
+	// its replicas are replaced, and how long a node may be away before a replica
+	// there that is no member yet is made elsewhere; 0 is DefaultAbsentAfter.
 	AbsentAfter time.Duration
+	// ReplaceAfter is how long a node may be away before its replicas are
+	// replaced; 0: for ever, it is expected back.
+	ReplaceAfter time.Duration
 	// Log may be nil.
 	Log *slog.Logger
 }
@@ -89,6 +95,34 @@ type Coordinator struct {
 	stopped     bool
 
 	lead *leadership // nil while another, or none, is elected
+
+	ordered, givenUp uint64
+}
+
+// Status is a snapshot of a candidate.
+type Status struct {
+	// Leading: see Coordinator.Leading. Groups and Degraded are known only then.
+	Leading bool
+	// Groups is how many there are; Degraded of them lack a replica that is well,
+	// or are being repaired.
+	Groups, Degraded int
+	// Ordered and GivenUp count replacements that this candidate asked the store
+	// for since it began.
+	Ordered, GivenUp uint64
+}
+
+// Status returns a snapshot.
+func (c *Coordinator) Status() Status {
+	s := Status{Leading: c.Leading(), Ordered: c.ordered, GivenUp: c.givenUp}
+	if c.lead != nil {
+		s.Groups = len(c.lead.view.groups)
+		for _, g := range c.lead.view.groups {
+			if !g.Whole() {
+				s.Degraded++
+			}
+		}
+	}
+	return s
 }
 
 // New makes a candidate; Start begins it.

@@ -29,11 +29,13 @@ type leadership struct {
 	scheduled bool
 	deletes   map[block.VolumeID]*deletion
 	absent    map[block.DiskID]clock.Instant // since when, as seen here
+	away      map[block.NodeID]clock.Instant // since when, as seen here
 	telling   int                            // groups that are being told of a deletion
 }
 
 func newLeadership(c *Coordinator, guard meta.Guard) *leadership {
-	l := &leadership{c: c, guard: guard, view: newView(), deletes: map[block.VolumeID]*deletion{}, absent: map[block.DiskID]clock.Instant{}}
+	l := &leadership{c: c, guard: guard, view: newView(), deletes: map[block.VolumeID]*deletion{}, absent: map[block.DiskID]clock.Instant{},
+		away: map[block.NodeID]clock.Instant{}}
 	for _, m := range []struct {
 		prefix  string
 		changed func(meta.KV) error

@@ -141,10 +141,10 @@ func (w *view) candidates(replicas int) (out []placement.Group, ready int) {
 			if r.Joining {
 				continue
 			}
-			if healthy[r.Disk] && !r.Lost {
+			if healthy[r.Disk] && !r.Dead() {
 				well++
 			}
-			possible = possible && !r.Lost && (r.Created || healthy[r.Disk])
+			possible = possible && !r.Dead() && (r.Created || healthy[r.Disk])
 			smallest = min(smallest, capacity[r.Disk])
 		}
 		p := placement.Group{ID: id, LoadBytes: w.load[id], LimitBytes: limitOf(smallest)}

@@ -36,12 +36,43 @@ func ReplaceReplica(ctx context.Context, s Store, g Guard, id block.GroupID, con
 	})
 }
 
-// EndReplacement records, for the group's leader, how the replacement that was
-// decided on the members of conf ended: with the members of now, under which
-// the joining replica took the place of the leaving one, or, if not done, that
-// it is void. last is the highest replica id that the group gave out. It changes
-// nothing if the order is no longer the one of joining.
-func EndReplacement(ctx context.Context, s Store, id block.GroupID, joining block.ReplicaID, now uint64, last block.ReplicaID, done bool) error {
+// AbandonReplacement gives the replacement up that joining belongs to, for a
+// joining replica that was lost before it counted: the group's leader drops it
+// and calls EndReplacement. It changes nothing, and is no error, if that is not
+// the replacement under way.
+func AbandonReplacement(ctx context.Context, s Store, g Guard, id block.GroupID, joining block.ReplicaID) error {
+	return attempt(ctx, "give a replacement up", func() (bool, error) {
+		gm, kv, err := readGroup(ctx, s, id)
+		if err != nil {
+			return false, err
+		}
+		i := slices.IndexFunc(gm.Replicas, func(r ReplicaMeta) bool { return r.Joining && r.Replica == joining })
+		if i < 0 || gm.Replicas[i].GivenUp {
+			return true, nil
+		}
+		gm.Replicas[i].GivenUp = true
+		done, _, err := guarded(ctx, s, "give a replacement up", g, Txn{
+			If: append(g.Conds(), Unchanged(kv)), Then: []Op{Put(kv.Key, EncodeGroup(gm), 0)}, Else: []Op{Read(ElectionKey)},
+		})
+		return done, err
+	})
+}
+
+// Membership is the members of a group as its leader has applied them.
+type Membership struct {
+	// Index is the Raft index of the entry that decided them (C2).
+	Index uint64
+	// Last is the highest replica id that the group gave out.
+	Last    block.ReplicaID
+	Members []block.ReplicaID
+}
+
+// EndReplacement records, for the group's leader, how the replacement that
+// joining belongs to ended. The leader knows that nothing of it can happen any
+// more: of those that were joining or leaving, the ones in now are members for
+// good, and the others never again: their nodes are told to remove what they
+// hold. It changes nothing if the order is no longer the one of joining.
+func EndReplacement(ctx context.Context, s Store, id block.GroupID, joining block.ReplicaID, now Membership) error {
 	return attempt(ctx, "end a replacement", func() (bool, error) {
 		gm, kv, err := readGroup(ctx, s, id)
 		if err != nil {
@@ -50,17 +81,41 @@ func EndReplacement(ctx context.Context, s Store, id block.GroupID, joining bloc
 		if !slices.ContainsFunc(gm.Replicas, func(r ReplicaMeta) bool { return r.Joining && r.Replica == joining }) {
 			return true, nil
 		}
-		if now < gm.ConfVersion {
+		if now.Index < gm.ConfVersion {
 			return true, nil // the word of a leader whose time is over
 		}
-		gm.Replicas = slices.DeleteFunc(gm.Replicas, func(r ReplicaMeta) bool {
-			return done && r.Leaving || !done && r.Joining
-		})
-		for i := range gm.Replicas {
-			gm.Replicas[i].Joining, gm.Replicas[i].Leaving = false, false
+		var stay []ReplicaMeta
+		for _, r := range gm.Replicas {
+			member := !r.Joining && !r.Leaving || slices.Contains(now.Members, r.Replica)
+			r.Joining, r.Leaving, r.GivenUp = false, false, false
+			if member {
+				stay = append(stay, r)
+			} else {
+				gm.Removed = append(gm.Removed, r)
+			}
 		}
-		gm.ConfVersion = now
-		gm.LastReplica = max(gm.LastReplica, last)
+		gm.Replicas = stay
+		gm.Removed = gm.Removed[max(0, len(gm.Removed)-MaxRemoved):]
+		gm.ConfVersion = now.Index
+		gm.LastReplica = max(gm.LastReplica, now.Last)
+		res, err := s.Txn(ctx, Txn{If: []Cond{Unchanged(kv)}, Then: []Op{Put(kv.Key, EncodeGroup(gm), 0)}})
+		return res.Succeeded, err
+	})
+}
+
+// ForgetReplica records, for its node, that nothing is left on the disk of a
+// replica that was removed from its group. Repeating it is no error.
+func ForgetReplica(ctx context.Context, s Store, id block.GroupID, r block.ReplicaID, disk block.DiskID) error {
+	return attempt(ctx, "forget a removed replica", func() (bool, error) {
+		gm, kv, err := readGroup(ctx, s, id)
+		if err != nil {
+			return false, err
+		}
+		had := len(gm.Removed)
+		gm.Removed = slices.DeleteFunc(gm.Removed, func(m ReplicaMeta) bool { return m.Replica == r && m.Disk == disk })
+		if len(gm.Removed) == had {
+			return true, nil
+		}
 		res, err := s.Txn(ctx, Txn{If: []Cond{Unchanged(kv)}, Then: []Op{Put(kv.Key, EncodeGroup(gm), 0)}})
 		return res.Succeeded, err
 	})

@@ -184,8 +184,8 @@ func RegisterGateway(ctx context.Context, s Store, g GatewayMeta, lease LeaseID)
 // it is no error. NotFound if the group does not name such a replica there, or
 // is gone; then the replica is not to be kept. Invalid if it was marked lost.
 func AckReplicaCreated(ctx context.Context, s Store, g block.GroupID, r block.ReplicaID, disk block.DiskID) error {
-	return changeReplica(ctx, s, g, r, disk, func(m *ReplicaMeta) error {
-		if m.Lost {
+	return changeReplica(ctx, s, g, r, disk, func(_ *GroupMeta, m *ReplicaMeta) error {
+		if m.Dead() {
 			return block.Errorf(block.Invalid, "replica %d of group %d was lost; it never comes back under that id", r, g)
 		}
 		m.Created = true
@@ -196,10 +196,26 @@ func AckReplicaCreated(ctx context.Context, s Store, g block.GroupID, r block.Re
 // MarkReplicaLost records that a replica that was created is not on its disk
 // any more (C1). It votes no more; the coordinator replaces it.
 func MarkReplicaLost(ctx context.Context, s Store, g block.GroupID, r block.ReplicaID, disk block.DiskID) error {
-	return changeReplica(ctx, s, g, r, disk, func(m *ReplicaMeta) error { m.Lost = true; return nil })
+	return changeReplica(ctx, s, g, r, disk, func(_ *GroupMeta, m *ReplicaMeta) error { m.Lost = true; return nil })
 }
 
-func changeReplica(ctx context.Context, s Store, g block.GroupID, r block.ReplicaID, disk block.DiskID, change func(*ReplicaMeta) error) error {
+// MarkReplicaDamaged records that what its node found of a replica cannot be
+// trusted (L4): it is in quarantine, and the coordinator replaces it. Busy, and
+// nothing is recorded, if the members that are left would be no majority: then
+// the group needs this one more than it needs to be rid of it, and a later start
+// of its node may find that it was well.
+func MarkReplicaDamaged(ctx context.Context, s Store, g block.GroupID, r block.ReplicaID, disk block.DiskID) error {
+	return changeReplica(ctx, s, g, r, disk, func(gm *GroupMeta, m *ReplicaMeta) error {
+		was := m.Damaged
+		m.Damaged = true
+		if well, members := gm.Well(); !was && !m.Joining && 2*well <= members {
+			return block.Errorf(block.Busy, "group %d has no majority without replica %d", g, r)
+		}
+		return nil
+	})
+}
+
+func changeReplica(ctx context.Context, s Store, g block.GroupID, r block.ReplicaID, disk block.DiskID, change func(*GroupMeta, *ReplicaMeta) error) error {
 	return attempt(ctx, "change a replica", func() (bool, error) {
 		kv, err := s.Get(ctx, GroupKey(g))
 		if err != nil {
@@ -217,7 +233,7 @@ func changeReplica(ctx context.Context, s Store, g block.GroupID, r block.Replic
 			return false, block.Errorf(block.NotFound, "group %d has no replica %d on disk %s", g, r, disk)
 		}
 		was := gm.Replicas[i]
-		if err := change(&gm.Replicas[i]); err != nil {
+		if err := change(&gm, &gm.Replicas[i]); err != nil {
 			return false, err
 		}
 		if gm.Replicas[i] == was {

@@ -119,11 +119,18 @@ type ReplicaMeta struct {
 	Created bool `json:"created,omitempty"`
 	// Lost: its node did not find it. It votes no more.
 	Lost bool `json:"lost,omitempty"`
+	// Damaged: what its node found of it cannot be trusted (L4). It votes no more.
+	Damaged bool `json:"damaged,omitempty"`
 	// Joining: the group's leader makes it a member, in the place of those that
-	// are Leaving (see ReplaceReplica).
+	// are Leaving (see ReplaceReplica). Given up: the leader sees to it that it is
+	// none and never will be (see AbandonReplacement).
 	Joining bool `json:"joining,omitempty"`
 	Leaving bool `json:"leaving,omitempty"`
+	GivenUp bool `json:"given_up,omitempty"`
 }
+
+// Dead tells whether the replica takes part in nothing any more, under this id.
+func (r *ReplicaMeta) Dead() bool { return r.Lost || r.Damaged }
 
 // GroupMeta is one Raft group.
 type GroupMeta struct {
@@ -139,7 +146,14 @@ type GroupMeta struct {
 	// Birth is the members that the group began with, once they have changed: a
 	// later replica begins there too, and learns the changes from the log.
 	Birth map[block.ReplicaID]block.NodeID `json:"birth,omitempty"`
+	// Removed are replicas that the group's leader found to be members no more,
+	// for ever, and whose nodes have not said yet that their data is gone. What is
+	// not listed is kept (S8).
+	Removed []ReplicaMeta `json:"removed,omitempty"`
 }
+
+// MaxRemoved bounds GroupMeta.Removed: of more, the oldest stay on their disks.
+const MaxRemoved = 16
 
 // BirthMembers is the members that the group began with.
 func (g *GroupMeta) BirthMembers() map[block.ReplicaID]block.NodeID {
@@ -156,6 +170,29 @@ func (g *GroupMeta) BirthMembers() map[block.ReplicaID]block.NodeID {
 // Joining tells whether members are being replaced.
 func (g *GroupMeta) Joining() bool {
 	return slices.ContainsFunc(g.Replicas, func(r ReplicaMeta) bool { return r.Joining })
+}
+
+// Whole tells whether every member is as it should be, and none is replaced.
+func (g *GroupMeta) Whole() bool {
+	for i := range g.Replicas {
+		if r := &g.Replicas[i]; r.Dead() || r.Joining || r.Leaving || !r.Created {
+			return false
+		}
+	}
+	return true
+}
+
+// Well is how many members the group has that are not dead, of how many.
+func (g *GroupMeta) Well() (well, members int) {
+	for i := range g.Replicas {
+		if r := &g.Replicas[i]; !r.Joining {
+			members++
+			if !r.Dead() {
+				well++
+			}
+		}
+	}
+	return well, members
 }
 
 // Created tells whether all replicas that the group counts on were acknowledged.
@@ -318,6 +355,14 @@ func DecodeGroup(kv KV) (g GroupMeta, err error) {
 			return bad("a replica without an id, a node or a disk, or named twice")
 		}
 		seen[r.Replica] = true
+	}
+	if len(g.Removed) > MaxRemoved {
+		return bad("too many removed replicas")
+	}
+	for _, r := range g.Removed {
+		if r.Replica == 0 || seen[r.Replica] {
+			return bad("a removed replica without an id, or that is a member")
+		}
 	}
 	return g, nil
 }

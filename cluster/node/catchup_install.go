@@ -336,7 +336,7 @@ func (in *install) senders() []block.NodeID {
 	add(in.prefer)
 	if g, ok := n.orders.groups[in.rep.key.Group]; ok {
 		for _, r := range g.Replicas {
-			if !r.Lost {
+			if !r.Dead() {
 				add(r.Node)
 			}
 		}

@@ -249,6 +249,15 @@ func (vs *views) end(v *view) {
 	}
 }
 
+// endOf closes the views of one replica.
+func (vs *views) endOf(rep *replica) {
+	for _, id := range sortedKeys(vs.open) {
+		if v := vs.open[id]; v.rep == rep {
+			vs.end(v)
+		}
+	}
+}
+
 func (vs *views) endAll() {
 	for _, id := range sortedKeys(vs.open) {
 		vs.end(vs.open[id])

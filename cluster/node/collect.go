@@ -37,8 +37,7 @@ func (o owner) ApplyMoves(moves []seglog.Move) {
 	o.disk.index.ApplyMoves(moves)
 	// Moves age like applies: a checkpoint lets go of what they left.
 	for i := range moves {
-		rep := o.disk.node.replicas[moves[i].Key.Group]
-		if rep != nil && rep.key == moves[i].Key && !rep.dirty {
+		if rep := o.disk.node.held(moves[i].Key); rep != nil && !rep.dirty {
 			rep.dirty, rep.dirtySince = true, o.disk.node.loop.Now()
 		}
 	}

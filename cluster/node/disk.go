@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"io"
 	"path"
+	"slices"
 
 	"firn.io/firn/cluster/index"
 	"firn.io/firn/cluster/raftgroup"
@@ -235,6 +236,20 @@ func (d *disk) replicas() []*replica {
 	return out
 }
 
+// held returns all replicas that the disk holds, retired ones too, in the order
+// of group and id: their states are checkpointed and reaped, since collection
+// moves their blocks like those of others.
+func (d *disk) held() []*replica {
+	out := d.replicas()
+	for _, rep := range d.node.retired {
+		if rep.disk == d {
+			out = append(out, rep)
+		}
+	}
+	slices.SortFunc(out, func(a, b *replica) int { return a.key.Compare(b.key) })
+	return out
+}
+
 // birth is a replica that is being created.
 type birth struct {
 	rep  *replica
@@ -316,10 +331,13 @@ func (d *disk) fail(err error) {
 	d.failed = err
 	n := d.node
 	n.logf("disk %v in %s failed and is out: %v", d.id, d.cfg.Dir, err)
-	for _, rep := range d.replicas() {
+	for _, rep := range d.held() {
 		n.installs.stop(rep)
 		rep.close()
-		delete(n.replicas, rep.key.Group)
+		if n.replicas[rep.key.Group] == rep {
+			delete(n.replicas, rep.key.Group)
+		}
+		delete(n.retired, rep.key)
 	}
 	fs, dir, sb, reason := n.cfg.FS, d.cfg.Dir, d.sb, err.Error()
 	var marked error

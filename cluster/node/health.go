@@ -2,6 +2,7 @@ package node
 
 import (
 	"fmt"
+	"time"
 
 	"firn.io/firn/cluster/wire"
 )
@@ -14,14 +15,21 @@ func (n *Node) health() wire.NodeHealth {
 	}
 	for _, rep := range n.sorted() {
 		h.Replicas++
-		if rep.halted != nil || rep.group != nil && rep.group.Err() != nil {
+		if err := rep.trouble(); err != nil {
 			h.Halted++
 			if h.HaltedReason == "" {
-				err := rep.halted
-				if err == nil {
-					err = rep.group.Err()
-				}
 				h.HaltedReason = fmt.Sprintf("group %d replica %d: %v", rep.key.Group, rep.key.Replica, err)
+			}
+		}
+	}
+	h.Retired = uint32(len(n.retired))
+	now := n.loop.Now()
+	for _, waits := range []bool{false, true} { // those that run first: the rest may not fit
+		for _, id := range sortedKeys(n.installs.all) {
+			if in := n.installs.all[id]; in.active != waits {
+				c := in.status(now)
+				h.Copies = append(h.Copies, wire.CopyHealth{Group: id, Replica: in.rep.key.Replica, From: c.From, Done: uint32(c.Done), Total: uint32(c.Total),
+					Bytes: c.Bytes, TotalBytes: c.TotalBytes, LeftSeconds: uint32(c.Left.Round(time.Second) / time.Second)})
 			}
 		}
 	}

@@ -30,6 +30,7 @@ import (
 	"firn.io/firn/cluster/index"
 	"firn.io/firn/cluster/meta"
 	"firn.io/firn/cluster/raftgroup"
+	"firn.io/firn/cluster/seglog"
 	"firn.io/firn/cluster/transport"
 	"firn.io/firn/internal/block"
 	"firn.io/firn/internal/loop"
@@ -138,6 +139,9 @@ type Node struct {
 
 	disks    []*disk // in the order of the configuration
 	replicas map[block.GroupID]*replica
+	// retired are replicas beside those: replaced ones whose data was not removed
+	// yet, and new ones that wait for the seat of one. They do nothing.
+	retired map[seglog.ReplicaKey]*replica
 
 	peers    *peers
 	orders   *orders
@@ -186,7 +190,8 @@ func Open(ctx context.Context, cfg Config) (*Node, error) {
 	if cfg.DiskLoop == nil {
 		cfg.DiskLoop = func() loop.Loop { return cfg.Loop }
 	}
-	n := &Node{cfg: cfg, loop: cfg.Loop, replicas: make(map[block.GroupID]*replica), senders: make(map[transport.Peer]block.NodeID)}
+	n := &Node{cfg: cfg, loop: cfg.Loop, replicas: make(map[block.GroupID]*replica),
+		retired: make(map[seglog.ReplicaKey]*replica), senders: make(map[transport.Peer]block.NodeID)}
 	n.peers, n.orders, n.space = newPeers(n), newOrders(n), newSpace(n)
 	n.views, n.installs = newViews(n), newInstalls(n)
 	n.register.node = n
@@ -307,13 +312,48 @@ func (n *Node) diskOf(id block.DiskID) *disk {
 
 func (n *Node) logf(format string, args ...any) { n.cfg.Logf(format, args...) }
 
-// addReplica makes a replica known. Of two of one group the newer counts: the
-// older one was replaced, and its disk came back.
+// addReplica makes a replica known that a disk holds. Of two of one group the
+// one that is not damaged has the seat, then the newer: the older was replaced.
+// The metadata store may know better (orders.seat).
 func (n *Node) addReplica(rep *replica) {
-	if other := n.replicas[rep.key.Group]; other != nil && other.key.Replica > rep.key.Replica {
-		n.logf("group %d replica %d on disk %v was replaced by replica %d: it stays closed", rep.key.Group, rep.key.Replica, rep.disk.id, other.key.Replica)
+	was := n.replicas[rep.key.Group]
+	switch {
+	case was == nil:
+		n.replicas[rep.key.Group] = rep
 		return
+	case was.damaged() == rep.damaged() && was.key.Replica < rep.key.Replica, was.damaged() && !rep.damaged():
+		n.sit(rep)
+	default:
+		n.retired[rep.key] = rep
+		was, rep = rep, was
 	}
+	n.logf("group %d: replica %d on disk %v stays closed beside replica %d", rep.key.Group, was.key.Replica, was.disk.id, rep.key.Replica)
+}
+
+// held returns a replica that this node holds, closed or not.
+func (n *Node) held(key seglog.ReplicaKey) *replica {
+	if rep := n.replicas[key.Group]; rep != nil && rep.key == key {
+		return rep
+	}
+	return n.retired[key]
+}
+
+// opening tells whether a retired replica of the group is about to open.
+func (n *Node) opening(g block.GroupID) bool {
+	for key, rep := range n.retired {
+		if key.Group == g && rep.opening {
+			return true
+		}
+	}
+	return false
+}
+
+// sit makes rep the replica of its group that may open.
+func (n *Node) sit(rep *replica) {
+	if was := n.replicas[rep.key.Group]; was != nil && was != rep {
+		was.retire()
+	}
+	delete(n.retired, rep.key)
 	n.replicas[rep.key.Group] = rep
 }
 

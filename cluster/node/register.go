@@ -46,6 +46,9 @@ func (r *registration) update() {
 	for id := range n.replicas {
 		reg.HighestGroup = max(reg.HighestGroup, id)
 	}
+	for key := range n.retired {
+		reg.HighestGroup = max(reg.HighestGroup, key.Group)
+	}
 	lease := r.lease
 	var stands meta.NodeMeta
 	var err error

@@ -68,7 +68,7 @@ func (rep *replica) log() replicaLog { return replicaLog{rep.disk.log.Replica(re
 // open brings the replica into its group. It may be called again.
 func (rep *replica) open() {
 	n := rep.node
-	if rep.opening || rep.group != nil || rep.halted != nil || rep.disk.failed != nil || n.stopping {
+	if rep.opening || rep.group != nil || rep.halted != nil || rep.disk.failed != nil || n.stopping || n.replicas[rep.key.Group] != rep {
 		return
 	}
 	if _, mixed := rep.state.Installing(); mixed || n.installs.all[rep.key.Group] != nil {
@@ -77,6 +77,10 @@ func (rep *replica) open() {
 	}
 	if l := rep.disk.log.Replica(rep.key); l.Durable() < l.LastIndex() {
 		n.loop.After(n.cfg.Pace.Upkeep, rep.open) // what it wrote before it was closed is on its way
+		return
+	}
+	if n.opening(rep.key.Group) {
+		n.loop.After(n.cfg.Pace.Upkeep, rep.open) // one that has lost the seat to this one
 		return
 	}
 	rep.opening = true
@@ -91,7 +95,7 @@ func (rep *replica) open() {
 		switch {
 		case err != nil:
 			rep.halt(err)
-		case rep.disk.failed != nil || n.stopped:
+		case rep.disk.failed != nil || n.stopped || n.replicas[rep.key.Group] != rep || rep.halted != nil:
 			g.Close()
 		default:
 			rep.group = g
@@ -105,6 +109,41 @@ func (rep *replica) halt(err error) {
 	rep.halted = err
 	rep.node.logf("group %d replica %d: %v", rep.key.Group, rep.key.Replica, err)
 	rep.refuseWaiting()
+	rep.node.orders.follow(rep.key.Group)
+}
+
+// trouble is why the replica does nothing, nil if it does.
+func (rep *replica) trouble() error {
+	if rep.halted == nil && rep.group != nil {
+		return rep.group.Err()
+	}
+	return rep.halted
+}
+
+// damaged tells whether what the disk holds of the replica cannot be trusted
+// (L4). A replica that halted because it does not know a command is not (S6).
+func (rep *replica) damaged() bool {
+	err := rep.trouble()
+	return err != nil && block.KindOf(err) == block.Corrupt
+}
+
+// quarantine ends the part of a replica that was marked as damaged.
+func (rep *replica) quarantine() {
+	if rep.halted == nil {
+		rep.halt(block.Errorf(block.Corrupt, "it was found damaged, and is replaced"))
+	}
+	rep.node.installs.stop(rep)
+	rep.close()
+}
+
+// retire takes the seat of its group from the replica.
+func (rep *replica) retire() {
+	n := rep.node
+	n.installs.stop(rep)
+	n.views.endOf(rep)
+	rep.close()
+	delete(n.replicas, rep.key.Group)
+	n.retired[rep.key] = rep
 }
 
 // close ends the replica's part in its group.

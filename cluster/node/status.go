@@ -25,6 +25,8 @@ type Counters struct {
 	// (runs of blocks, by collection) and Reaped (jobs of the reaper) count the
 	// work in the background.
 	Checkpoints, Flushes, Truncations, Moved, Reaped uint64
+	// Removed counts replaced replicas whose data was removed.
+	Removed uint64
 	// Copies counts replicas that began to be filled from another one's state,
 	// CopiesDone those that were, CopyFailures attempts that stopped. CopyViews
 	// counts views that others read here. Bytes are of data.
@@ -92,6 +94,9 @@ type Status struct {
 	Lease    bool
 	Disks    []DiskStatus
 	Replicas []ReplicaStatus // in the order of groups
+	// Retired is how many replicas are here besides: replaced ones whose data is
+	// still to be removed, and new ones that wait for the end of an older one.
+	Retired  int
 	Counters Counters
 	Raft     raftgroup.Counters
 }
@@ -109,7 +114,7 @@ func (s *Status) Leading() int {
 
 // Status returns a snapshot. It is called on the Loop.
 func (n *Node) Status() Status {
-	s := Status{ID: n.cfg.ID, Addr: n.addr, Zone: n.cfg.Zone, Stopping: n.stopping, Registered: n.register.done, Counters: n.counters}
+	s := Status{ID: n.cfg.ID, Addr: n.addr, Zone: n.cfg.Zone, Stopping: n.stopping, Registered: n.register.done, Retired: len(n.retired), Counters: n.counters}
 	if n.host != nil {
 		s.Lease, s.Raft = n.session.Valid(), n.host.Counters()
 	}

@@ -77,7 +77,7 @@ func (d *disk) logged() int64 { return int64(d.log.Stats().BatchBlocks) * block.
 // reap runs a job of the reaper for one replica, or for all when room is short.
 // A flush follows: only then is what they removed free.
 func (d *disk) reap() {
-	reps := d.replicas()
+	reps := d.held()
 	var next func()
 	next = func() {
 		for len(reps) > 0 {
@@ -127,7 +127,7 @@ func (d *disk) due(now clock.Instant) []*replica {
 	updates := 0
 	trimmed := false
 	var changed, old []*replica
-	for _, rep := range d.replicas() {
+	for _, rep := range d.held() {
 		p := rep.state.Pending()
 		updates += p.Updates
 		if p.Entries == 0 && p.Updates == 0 || p.Busy {
@@ -255,7 +255,7 @@ func (n *Node) checkpointAll(done func(error)) {
 	for _, d := range n.disks {
 		if d.failed == nil {
 			waiting++
-			d.whenIdle(func() { d.checkpoint(d.replicas(), ended) })
+			d.whenIdle(func() { d.checkpoint(d.held(), ended) })
 		}
 	}
 	ended(nil)

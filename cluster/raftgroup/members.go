@@ -284,13 +284,18 @@ type Order struct {
 	Base   uint64
 	Add    []Member
 	Remove []block.ReplicaID
+	// GivenUp: the new members are lost. Those that do not vote yet are dropped,
+	// and their ids are used up, so that no leader that still knows the order as
+	// it was can add them later.
+	GivenUp bool
 }
 
 // OrderState is how far an order is.
 type OrderState uint8
 
 const (
-	// OrderVoid: the members are others than it was decided on.
+	// OrderVoid: the members are others than it was decided on, for good: no
+	// leader will carry it out any more.
 	OrderVoid OrderState = iota
 	// OrderOpen: the new members are still to be added, filled or made voters.
 	OrderOpen
@@ -332,7 +337,9 @@ func (g *Group) stepOf(o Order) (OrderState, *Change) {
 		return 0
 	}
 	added, voting, gone := 0, 0, 0
+	fresh := g.conf.Index == o.Base // and all ids can still be given out
 	for _, m := range o.Add {
+		fresh = fresh && m.Replica > g.conf.LastReplica
 		switch role(m.Replica) {
 		case Learner:
 			added++
@@ -355,22 +362,40 @@ func (g *Group) stepOf(o Order) (OrderState, *Change) {
 		return OrderVoid, nil
 	case voting == len(o.Add) && gone == len(o.Remove):
 		return OrderDone, nil
+	case o.GivenUp && voting == 0 && added > 0:
+		return OrderOpen, &Change{Kind: DropLearner, Base: g.conf.Index, Remove: replicasOf(o.Add)}
+	case o.GivenUp && fresh:
+		// Made learners, so that their ids are used up; then dropped.
+		return OrderOpen, &Change{Kind: AddLearner, Base: o.Base, Members: o.Add}
+	case o.GivenUp:
+		return OrderVoid, nil
 	case voting == 0 && added == len(o.Add) && gone == 0:
 		if !g.caughtUp(o.Add) {
 			return OrderOpen, nil
 		}
 		return OrderOpen, &Change{Kind: Replace, Base: g.conf.Index, Members: o.Add, Remove: o.Remove}
-	case added == 0 && gone == 0 && g.conf.Index == o.Base:
+	case added == 0 && gone == 0 && fresh:
 		return OrderOpen, &Change{Kind: AddLearner, Base: o.Base, Members: o.Add}
 	}
 	return OrderVoid, nil
 }
 
+func replicasOf(members []Member) []block.ReplicaID {
+	ids := make([]block.ReplicaID, len(members))
+	for i, m := range members {
+		ids[i] = m.Replica
+	}
+	return ids
+}
+
+// caughtUp tells whether the learners hold all up to the entry that made them
+// learners, at least, and nearly all that is committed. That they count as
+// active proves nothing: the library takes that of new ones for granted.
 func (g *Group) caughtUp(learners []Member) bool {
 	caught := 0
 	for _, p := range g.Progress() {
 		for _, m := range learners {
-			if p.Member.Replica == m.Replica && p.Active && !p.NeedsCopy && p.Match+caughtUpEntries >= g.commit {
+			if p.Member.Replica == m.Replica && p.Active && !p.NeedsCopy && p.Match >= g.conf.Index && p.Match+caughtUpEntries >= g.commit {
 				caught++
 			}
 		}

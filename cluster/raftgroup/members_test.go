@@ -101,6 +101,11 @@ func (c *churn) finish() {
 		}
 		c.world.RunFor(100 * time.Millisecond)
 	}
+	for _, p := range c.procs {
+		if gr := p.host.Group(1); gr != nil {
+			c.t.Logf("node %d: applied %v, committed %d, term %d, leading %v, progress %v, members %+v", p.id, gr.Applied(), gr.Committed(), gr.Term(), gr.Leading(), gr.Progress(), gr.Conf())
+		}
+	}
 	c.t.Fatalf("no replacement within a minute: %+v", *c.order)
 }
 
@@ -189,6 +194,124 @@ func TestAChangeOfMembersDecidedOnOthersIsVoid(t *testing.T) {
 	c.agree(1)
 }
 
+// giveUp lets every process that believes that it leads pursue the order as
+// given up, until it is void.
+func (c *churn) giveUp() {
+	c.t.Helper()
+	o := *c.order
+	o.GivenUp = true
+	for range 600 {
+		void := false
+		for _, p := range c.procs {
+			if p.loop.Dead() {
+				continue
+			}
+			p.loop.Post(func() {
+				if gr := p.host.Group(1); gr != nil && gr.Leading() {
+					void = void || gr.Pursue(o) == raftgroup.OrderVoid
+				}
+			})
+		}
+		if c.world.RunFor(100 * time.Millisecond); void {
+			c.order = nil
+			return
+		}
+	}
+	c.t.Fatalf("not given up within a minute: %+v", o)
+}
+
+// TestAJoinerThatIsLostIsDropped: before it was added, and as a learner; a
+// leader that still knows the order as it was does not add it again. Another
+// one takes its place.
+func TestAJoinerThatIsLostIsDropped(t *testing.T) {
+	for _, added := range []bool{false, true} {
+		t.Run(fmt.Sprintf("added=%v", added), func(t *testing.T) {
+			c := newChurn(t, 4)
+			for range 20 {
+				c.ok(c.propose(c.elect(1), 1, 1))
+			}
+			l := c.elect(1)
+			p := c.procs[int(l.id)%3] // another than the leader
+			old := p.replica(1)
+			c.wipe(p)
+			c.decide(p, old)
+			lost := *c.order
+			c.wipe(p) // the new one too, before it has told of itself
+			p.crash()
+			if added {
+				isLearner := func() bool {
+					conf := c.elect(1).host.Group(1).Conf()
+					_, member := conf.NodeOf(lost.Add[0].Replica)
+					return member
+				}
+				for n := 0; !isLearner(); n++ {
+					if n == 100 {
+						t.Fatal("the lost one is no learner within 10 s")
+					}
+					c.pursue()
+					c.world.RunFor(100 * time.Millisecond)
+				}
+			}
+			c.giveUp()
+			conf := c.elect(1).host.Group(1).Conf()
+			if _, member := conf.NodeOf(lost.Add[0].Replica); member || len(conf.Members) != 3 || conf.LastReplica != lost.Add[0].Replica {
+				t.Fatalf("members %+v", conf)
+			}
+			c.order = &lost
+			for range 50 {
+				c.pursue()
+				c.world.RunFor(100 * time.Millisecond)
+			}
+			if now := c.elect(1).host.Group(1).Conf(); now.Index != conf.Index {
+				t.Fatalf("the order as it was changed the members to %+v", now)
+			}
+			c.order = nil
+			p.start()
+			c.decide(p, old)
+			c.finish()
+			c.ok(c.propose(c.elect(1), 1, 1))
+			c.agree(1)
+		})
+	}
+}
+
+// TestALearnerThatHoldsNothingDoesNotVote: also in a group of so few entries that
+// it could be said to be behind by few.
+func TestALearnerThatHoldsNothingDoesNotVote(t *testing.T) {
+	c := newChurn(t, 5)
+	for range 20 {
+		c.ok(c.propose(c.elect(1), 1, 1))
+	}
+	l := c.elect(1)
+	p := c.procs[int(l.id)%3]
+	old := p.replica(1)
+	c.wipe(p)
+	c.decide(p, old)
+	joiner := c.order.Add[0].Replica
+	for _, q := range c.procs {
+		c.net.Isolate(addr(p.id), addr(q.id))
+	}
+	role := func() raftgroup.Role {
+		for _, m := range c.elect(1).host.Group(1).Conf().Members {
+			if m.Replica == joiner {
+				return m.Role
+			}
+		}
+		return 0
+	}
+	for range 50 {
+		c.pursue()
+		c.world.RunFor(100 * time.Millisecond)
+	}
+	if r := role(); r != raftgroup.Learner {
+		t.Fatalf("it holds nothing and has role %d", r)
+	}
+	c.net.HealAll()
+	c.finish()
+	c.ok(c.propose(c.elect(1), 1, 1))
+	c.agree(1)
+}
+
 // churnChaos wipes and replaces members under crashes, cuts and loss, one at a
 // time, and checks that nothing acknowledged is lost and no id comes twice.
 func churnChaos(t *testing.T, seed uint64, steps int) int {
@@ -272,6 +395,10 @@ func churnChaos(t *testing.T, seed uint64, steps int) int {
 	}
 	return c.done
 }
+
+// TestAnOfferOfAYoungLeaderIsRepeated: a host that leads before its first tick
+// offered a copy to a learner once, and never again.
+func TestAnOfferOfAYoungLeaderIsRepeated(t *testing.T) { churnChaos(t, 986, 300) }
 
 func countOf(ops []block.OpSeq, op block.OpSeq) int {
 	n := 0

@@ -39,7 +39,7 @@ func (g *Group) offer(m *pb.Message) {
 		return
 	}
 	g.forget(f)
-	f.offered = g.host.ticks
+	f.offered = max(g.host.ticks, 1) // 0: it was not
 	g.host.counters.Offers++
 	at := m.GetSnapshot().GetMetadata()
 	from := g.cfg.Log.FirstIndex() - 1

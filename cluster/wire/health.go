@@ -6,9 +6,10 @@ import (
 
 // Limits of a health report.
 const (
-	MaxHealthDisks = 256
-	MaxHealthBytes = 512 << 10
-	healthVersion  = 1
+	MaxHealthDisks  = 256
+	MaxHealthCopies = 256
+	MaxHealthBytes  = 512 << 10
+	healthVersion   = 2 // 1: without retired replicas and copies
 )
 
 // DiskState says what a disk does with new writes. Values travel; they rise
@@ -58,6 +59,20 @@ func (d *DiskHealth) Percent() float64 {
 	return 100 * float64(d.TakenBytes) / float64(d.RoomBytes)
 }
 
+// CopyHealth is how far a replica is that is filled from another one's state.
+type CopyHealth struct {
+	Group   block.GroupID
+	Replica block.ReplicaID
+	// From is the node that it is taken from; 0 while it waits for its turn.
+	From block.NodeID
+	// Done of Total chunks are as they should be; Total is 0 until it is known.
+	Done, Total uint32
+	// Bytes of data have come, of about TotalBytes.
+	Bytes, TotalBytes int64
+	// LeftSeconds is about the time that is left; 0: not known.
+	LeftSeconds uint32
+}
+
 // NodeHealth is a node's answer to ReqHealth.
 type NodeHealth struct {
 	Disks []DiskHealth
@@ -65,9 +80,14 @@ type NodeHealth struct {
 	// of them does not.
 	Replicas, Halted uint32
 	HaltedReason     string
+	// Retired replicas were replaced, and their data is still to be removed.
+	Retired uint32
+	// Copies are those that are filled, and wait for it.
+	Copies []CopyHealth
 }
 
-// AppendHealth appends the encoded report to dst: at most MaxHealthDisks disks.
+// AppendHealth appends the encoded report to dst: at most MaxHealthDisks disks
+// and MaxHealthCopies copies.
 func AppendHealth(dst []byte, h *NodeHealth) []byte {
 	disks := h.Disks[:min(len(h.Disks), MaxHealthDisks)]
 	dst = append(dst, healthVersion)
@@ -84,6 +104,18 @@ func AppendHealth(dst []byte, h *NodeHealth) []byte {
 		}
 		dst = appendU64(dst, d.Corrupt)
 		dst = appendText(dst, d.Reason)
+	}
+	copies := h.Copies[:min(len(h.Copies), MaxHealthCopies)]
+	dst = appendU32(dst, h.Retired)
+	dst = appendU16(dst, uint16(len(copies)))
+	for i := range copies {
+		c := &copies[i]
+		for _, n := range [...]uint64{uint64(c.Group), uint64(c.Replica), uint64(c.Bytes), uint64(c.TotalBytes)} {
+			dst = appendU64(dst, n)
+		}
+		for _, n := range [...]uint32{uint32(c.From), c.Done, c.Total, c.LeftSeconds} {
+			dst = appendU32(dst, n)
+		}
 	}
 	return dst
 }
@@ -119,6 +151,21 @@ func DecodeHealth(data []byte) (h NodeHealth, err error) {
 			break
 		}
 		h.Disks = append(h.Disks, d)
+	}
+	h.Retired = r.u32()
+	if n = int(r.u16()); n > MaxHealthCopies {
+		return h, block.Errorf(block.Invalid, "health report of %d copies", n)
+	}
+	for range n {
+		c := CopyHealth{Group: block.GroupID(r.u64()), Replica: block.ReplicaID(r.u64()), Bytes: int64(r.u64()), TotalBytes: int64(r.u64())}
+		c.From, c.Done, c.Total, c.LeftSeconds = block.NodeID(r.u32()), r.u32(), r.u32(), r.u32()
+		if c.Bytes < 0 || c.TotalBytes < 0 {
+			return h, block.Errorf(block.Invalid, "health report of a copy of %d bytes", c.TotalBytes)
+		}
+		if r.short {
+			break
+		}
+		h.Copies = append(h.Copies, c)
 	}
 	return h, r.end("health report")
 }

@@ -13,6 +13,9 @@ func someHealth() NodeHealth {
 	return NodeHealth{Replicas: 16, Halted: 1, HaltedReason: "its log is damaged", Disks: []DiskHealth{
 		{Disk: block.DiskID{1}, State: DiskFull, RoomBytes: 100, TakenBytes: 91, LiveBytes: 80, LogBytes: 5, Corrupt: 3, Reason: "91 % full"},
 		{Disk: block.DiskID{2}, State: DiskOK, RoomBytes: 1 << 40},
+	}, Retired: 2, Copies: []CopyHealth{
+		{Group: 3, Replica: 5, From: 2, Done: 10, Total: 40, Bytes: 7 << 20, TotalBytes: 28 << 20, LeftSeconds: 12},
+		{Group: 4, Replica: 6},
 	}}
 }
 
@@ -32,12 +35,12 @@ func TestHealth(t *testing.T) {
 		}
 	}
 	// What is too much is left out, and what remains decodes.
-	large := NodeHealth{Disks: make([]DiskHealth, 2*MaxHealthDisks)}
+	large := NodeHealth{Disks: make([]DiskHealth, 2*MaxHealthDisks), Copies: make([]CopyHealth, 2*MaxHealthCopies)}
 	for i := range large.Disks {
 		large.Disks[i].Reason = strings.Repeat("x", 2*maxTextBytes)
 	}
 	data = AppendHealth(nil, &large)
-	if got, err := DecodeHealth(data); err != nil || len(got.Disks) != MaxHealthDisks || len(data) > MaxHealthBytes {
+	if got, err := DecodeHealth(data); err != nil || len(got.Disks) != MaxHealthDisks || len(got.Copies) != MaxHealthCopies || len(data) > MaxHealthBytes {
 		t.Fatalf("%d disks in %d bytes, %v", len(got.Disks), len(data), err)
 	}
 	resp := Response{ID: 7, Status: StatusOK, Health: AppendHealth(nil, &want)}

@@ -245,7 +245,7 @@ func (s *served) statusOfCluster(ctx context.Context) (*clusterpb.StatusResponse
 	if st.Nodes, err = s.nodes(ctx); err != nil {
 		return nil, err
 	}
-	unwell := s.addHealth(ctx, st.Nodes)
+	unwell, copies := s.addHealth(ctx, st.Nodes)
 	if st.Volumes, err = s.volumes(ctx); err != nil {
 		return nil, err
 	}
@@ -253,7 +253,7 @@ func (s *served) statusOfCluster(ctx context.Context) (*clusterpb.StatusResponse
 	if err != nil {
 		return nil, err
 	}
-	st.Groups = uint32(len(groups))
+	st.Groups, st.Repairs = uint32(len(groups)), repairsOf(groups, copies)
 	st.Problems = append(nodeProblems(st.Nodes), groupProblems(groups, st.Nodes)...)
 	st.Problems = append(st.Problems, unwell...)
 	return st, nil
@@ -278,38 +278,6 @@ func nodeProblems(nodes []*clusterpb.Node) (out []*clusterpb.Problem) {
 					Remedy: "replace it; a disk that failed a sync is not used again"})
 			}
 		}
-	}
-	return out
-}
-
-// groupProblems tells of groups that have lost their majority.
-func groupProblems(groups []meta.GroupMeta, nodes []*clusterpb.Node) (out []*clusterpb.Problem) {
-	alive := map[uint32]bool{}
-	for _, n := range nodes {
-		alive[n.Id] = n.Alive
-	}
-	stuck, lost := 0, 0
-	for _, g := range groups {
-		up := 0
-		for _, r := range g.Replicas {
-			if alive[uint32(r.Node)] && !r.Lost {
-				up++
-			}
-			if r.Lost {
-				lost++
-			}
-		}
-		if 2*up <= len(g.Replicas) {
-			stuck++
-		}
-	}
-	if stuck > 0 {
-		out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("%d of %d groups have no majority: I/O to their chunks waits", stuck, len(groups)),
-			Remedy: "bring the nodes that are down back; I/O resumes by itself"})
-	}
-	if lost > 0 {
-		out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("%d %s lost: the disk does not hold what it should", lost, plural(lost, "replica")),
-			Remedy: "check that the right disks are mounted"})
 	}
 	return out
 }

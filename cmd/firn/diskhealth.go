@@ -26,8 +26,10 @@ func viewDisk(d *clusterpb.Disk) diskView {
 }
 
 // addHealth asks the nodes that live how they are, all at once, and adds what
-// they say to their disks. It returns what a person should know of it.
-func (s *served) addHealth(ctx context.Context, nodes []*clusterpb.Node) (problems []*clusterpb.Problem) {
+// they say to their disks. It returns what a person should know of it, and the
+// replicas that are filled on each node.
+func (s *served) addHealth(ctx context.Context, nodes []*clusterpb.Node) (problems []*clusterpb.Problem, copies map[uint32][]wire.CopyHealth) {
+	copies = map[uint32][]wire.CopyHealth{}
 	answers := make([]wire.NodeHealth, len(nodes))
 	errs := make([]error, len(nodes))
 	var wait sync.WaitGroup
@@ -49,15 +51,16 @@ func (s *served) addHealth(ctx context.Context, nodes []*clusterpb.Node) (proble
 				Remedy: "if it stays so, look at its log and at the network between it and this gateway"})
 		default:
 			takeHealth(n, &answers[i])
+			copies[n.Id] = answers[i].Copies
 			problems = append(problems, healthProblems(n)...)
 		}
 	}
-	return problems
+	return problems, copies
 }
 
 // takeHealth adds what a node says of itself to what etcd knows of it.
 func takeHealth(n *clusterpb.Node, h *wire.NodeHealth) {
-	n.Replicas, n.HaltedReplicas, n.HaltedReason = h.Replicas, h.Halted, h.HaltedReason
+	n.Replicas, n.HaltedReplicas, n.HaltedReason, n.RetiredReplicas = h.Replicas, h.Halted, h.HaltedReason, h.Retired
 	for i := range h.Disks {
 		d := &h.Disks[i]
 		for _, to := range n.Disks {
@@ -94,6 +97,9 @@ func healthProblems(n *clusterpb.Node) (out []*clusterpb.Problem) {
 	if n.HaltedReplicas > 0 {
 		problem("error", "the other replicas of its groups go on without it; with a single replica its chunks are not served. The node's log says more",
 			"node %d: %d of %d replicas take no part: %s", n.Id, n.HaltedReplicas, n.Replicas, n.HaltedReason)
+	}
+	if n.RetiredReplicas > 0 {
+		out = append(out, retiredProblem(n))
 	}
 	return out
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/prometheus/client_golang/prometheus"
 
+	"firn.io/firn/cluster/coordinator"
 	"firn.io/firn/cluster/node"
 	"firn.io/firn/gateway"
 	"firn.io/firn/internal/block"
@@ -50,6 +51,10 @@ var (
 	catchupNow    = describe("catchup_replicas", "Replicas that are being filled, or wait for it.", "node")
 	catchupChunks = describe("catchup_chunks_left", "Chunks that these still lack, as far as known.", "node")
 	catchupLeft   = describe("catchup_seconds_left", "The longest time that one of them will take at its pace until now.", "node")
+	nodeRetired   = describe("node_retired_replicas", "Replicas that were replaced, and whose data is still to be removed.", "node")
+	coordLeading  = describe("coordinator_leading", "1: the coordinator runs here.", "node")
+	coordGroups   = describe("coordinator_groups", "Groups, by state: all, degraded (a replica is not well, or replaced). Only where the coordinator runs.", "node", "state")
+	coordRepairs  = describe("coordinator_repairs_total", "Replacements of replicas, by event: ordered, given_up.", "node", "event")
 	nodeNoSpace   = describe("node_no_space_total", "Writes refused for want of room.", "node")
 	nodeCorrupt   = describe("node_corrupt_reads_total", "Reads that failed their checksums.", "node")
 	volumeWritten = describe("volume_written_bytes_total", "Bytes that clients wrote.", "volume")
@@ -99,6 +104,7 @@ func nodeMetrics(id string, fs vfs.FS, status func() (node.Status, bool)) collec
 		}
 		emit(nodeReplicas, prometheus.GaugeValue, float64(len(s.Replicas)), id)
 		emit(nodeLeading, prometheus.GaugeValue, float64(s.Leading()), id)
+		emit(nodeRetired, prometheus.GaugeValue, float64(s.Retired), id)
 		emit(nodeNoSpace, prometheus.CounterValue, float64(s.Counters.NoSpace), id)
 		emit(nodeCorrupt, prometheus.CounterValue, float64(s.Counters.CorruptReads), id)
 		emitCatchUp(emit, id, &s)
@@ -107,10 +113,29 @@ func nodeMetrics(id string, fs vfs.FS, status func() (node.Status, bool)) collec
 			n    uint64
 		}{
 			{"checkpoint", s.Counters.Checkpoints}, {"flush", s.Counters.Flushes}, {"truncation", s.Counters.Truncations},
-			{"moved_run", s.Counters.Moved}, {"reaper_job", s.Counters.Reaped},
+			{"moved_run", s.Counters.Moved}, {"reaper_job", s.Counters.Reaped}, {"replica_removed", s.Counters.Removed},
 		} {
 			emit(nodeUpkeep, prometheus.CounterValue, float64(u.n), id, u.what)
 		}
+	}
+}
+
+// coordinatorMetrics are those of a node's candidate for coordinator.
+func coordinatorMetrics(id string, status func() (coordinator.Status, bool)) collector {
+	return func(emit func(*prometheus.Desc, prometheus.ValueType, float64, ...string)) {
+		s, ok := status()
+		if !ok {
+			return
+		}
+		leading := 0.0
+		if s.Leading {
+			leading = 1
+			emit(coordGroups, prometheus.GaugeValue, float64(s.Groups), id, "all")
+			emit(coordGroups, prometheus.GaugeValue, float64(s.Degraded), id, "degraded")
+		}
+		emit(coordLeading, prometheus.GaugeValue, leading, id)
+		emit(coordRepairs, prometheus.CounterValue, float64(s.Ordered), id, "ordered")
+		emit(coordRepairs, prometheus.CounterValue, float64(s.GivenUp), id, "given_up")
 	}
 }
 

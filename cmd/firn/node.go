@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -44,6 +45,7 @@ func newNode(c *console, r *remote) *cobra.Command {
 	var etcd etcdFlags
 	var listenAddr, advertise, http, zone, logLevel string
 	var tls tlsFlags
+	var replaceAfter time.Duration
 	cmd := &cobra.Command{
 		Use: "node --id ID --disk DIR[=SIZE]... --etcd URLS", Short: "Store replicas; `node ls` lists the nodes", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -57,6 +59,9 @@ func newNode(c *console, r *remote) *cobra.Command {
 				return block.Errorf(block.Invalid, "--id %d: use 1 to %d", id, meta.MaxNodeID)
 			}
 			if err := tls.guard("--listen", listenAddr); err != nil {
+				return err
+			}
+			if err := checkReplaceAfter(replaceAfter); err != nil {
 				return err
 			}
 			config, err := tls.config()
@@ -85,7 +90,7 @@ func newNode(c *console, r *remote) *cobra.Command {
 				}
 				cfg := storageConfig{
 					id: block.NodeID(id), cluster: clusterID, listen: listenAddr, advertise: advertise, zone: zone, disks: configs,
-					store: store, network: network, metrics: page.metrics,
+					store: store, replaceAfter: replaceAfter, network: network, metrics: page.metrics,
 				}
 				s, err := openStorage(ctx, cfg, parts)
 				if err != nil {
@@ -119,6 +124,7 @@ func newNode(c *console, r *remote) *cobra.Command {
 	f.StringVar(&advertise, "advertise", "", "address that others reach --listen at, if it differs")
 	f.StringVar(&http, "http", defaultNodeHTTP, "serve /healthz, /readyz and /metrics here; empty: nowhere")
 	f.StringVar(&zone, "zone", "", "failure zone: replicas are spread over zones")
+	f.DurationVar(&replaceAfter, "replace-after", 0, replaceAfterUsage)
 	tls.registerOn(f)
 	logFlag(cmd, &logLevel, "info")
 	ls := nodeLs(r)

@@ -34,6 +34,8 @@ type nodeView struct {
 
 	Replicas       uint32 `json:"replicas"`
 	HaltedReplicas uint32 `json:"halted_replicas"`
+	// Replaced ones whose data is still to be removed.
+	RetiredReplicas uint32 `json:"retired_replicas"`
 }
 
 type problemView struct {
@@ -55,13 +57,15 @@ type statusView struct {
 	Nodes     []nodeView    `json:"nodes"`
 	Groups    uint32        `json:"groups"`
 	Volumes   []volumeView  `json:"volumes"`
+	Repairs   []repairView  `json:"repairs"`
 	Problems  []problemView `json:"problems"`
 }
 
 func viewNodes(ns []*clusterpb.Node) []nodeView {
 	out := make([]nodeView, 0, len(ns))
 	for _, n := range ns {
-		v := nodeView{ID: n.Id, Addr: n.Addr, Zone: n.Zone, Alive: n.Alive, Disks: []diskView{}, Replicas: n.Replicas, HaltedReplicas: n.HaltedReplicas}
+		v := nodeView{ID: n.Id, Addr: n.Addr, Zone: n.Zone, Alive: n.Alive, Disks: []diskView{}, Replicas: n.Replicas, HaltedReplicas: n.HaltedReplicas,
+			RetiredReplicas: n.RetiredReplicas}
 		for _, d := range n.Disks {
 			v.Disks = append(v.Disks, viewDisk(d))
 		}
@@ -159,7 +163,7 @@ func newStatus(r *remote) *cobra.Command {
 			}
 			v := statusView{
 				ClusterID: s.ClusterId, Version: s.Version, Gateway: s.Gateway, NBD: s.NbdAddr, Nodes: viewNodes(s.Nodes),
-				Groups: s.Groups, Volumes: viewVolumes(s.Volumes), Problems: viewProblems(s.Problems),
+				Groups: s.Groups, Volumes: viewVolumes(s.Volumes), Repairs: viewRepairs(s.Repairs), Problems: viewProblems(s.Problems),
 			}
 			return r.print(v, func(w io.Writer) {
 				up := 0
@@ -178,6 +182,10 @@ func newStatus(r *remote) *cobra.Command {
 				if len(v.Volumes) > 0 {
 					fmt.Fprintln(w)
 					writeVolumes(w, v.Volumes)
+				}
+				if len(v.Repairs) > 0 {
+					fmt.Fprintln(w)
+					writeRepairs(w, v.Repairs)
 				}
 				fmt.Fprintln(w)
 				if len(v.Problems) == 0 {

@@ -38,6 +38,9 @@ type storageConfig struct {
 	zone      string
 	disks     []node.DiskConfig
 	store     meta.Store
+	// replaceAfter is how long a node may be away before its replicas are made
+	// elsewhere; 0: for ever.
+	replaceAfter time.Duration
 	// network makes the node's network for its loop and session.
 	network func(l loop.Loop, id transport.Identity, name string) transport.Network
 	metrics *prometheus.Registry
@@ -132,8 +135,13 @@ func (s *storage) coordinate(ctx context.Context, cfg storageConfig, parts *stac
 	name := fmt.Sprintf("node %d's coordinator", s.node.ID())
 	network := cfg.network(s.loop, transport.Identity{Hello: transport.Hello{Cluster: cfg.cluster, Session: randomNumber()}}, name)
 	client := startClient(ctx, name+"'s client", cluster.Config{Loop: s.loop, Store: cfg.store, Network: network, Cluster: cfg.cluster, Log: slog.Default()}, parts)
-	c := coordinator.New(coordinator.Config{Loop: s.loop, Store: cfg.store, Node: s.node.ID(), Deleter: client, Log: slog.Default()})
+	c := coordinator.New(coordinator.Config{Loop: s.loop, Store: cfg.store, Node: s.node.ID(), Deleter: client,
+		ReplaceAfter: cfg.replaceAfter, Log: slog.Default()})
 	s.loop.Post(func() { c.Start(context.WithoutCancel(ctx)) })
+	cfg.metrics.MustRegister(coordinatorMetrics(strconv.Itoa(int(cfg.id)), func() (st coordinator.Status, ok bool) {
+		ok = s.loop.Call(func() { st = c.Status() })
+		return st, ok
+	}))
 	parts.push(name, func(ctx context.Context) error {
 		return await(ctx, s.loop, func(done func(error)) { c.Stop(func() { done(nil) }) })
 	})

@@ -63,6 +63,8 @@ type Options struct {
 	// Restores lets the metadata store be set back to backups. Nothing is lost by
 	// that, but an operator has to act: see docs/reliability.md.
 	Restores bool
+	// AbsentAfter and ReplaceAfter are the coordinator's; 0 is its default.
+	AbsentAfter, ReplaceAfter time.Duration
 	// Log takes what nodes say; nil drops it.
 	Log io.Writer
 }
@@ -281,7 +283,8 @@ func (s *storage) coordinate() {
 	client := cluster.New(cluster.Config{Loop: s.loop, Store: c.Meta.Client(), Cluster: c.id, Log: quiet,
 		Network: c.Net.Network(coordinatorName(s.id), s.loop, transport.Identity{Hello: transport.Hello{Cluster: c.id, Session: c.World.Rand().Uint64()}})})
 	client.Start(c.ctx)
-	coordinator.New(coordinator.Config{Loop: s.loop, Store: c.Meta.Client(), Node: s.id, Deleter: client}).Start(c.ctx)
+	coordinator.New(coordinator.Config{Loop: s.loop, Store: c.Meta.Client(), Node: s.id, Deleter: client,
+		AbsentAfter: c.opt.AbsentAfter, ReplaceAfter: c.opt.ReplaceAfter}).Start(c.ctx)
 }
 
 var quiet = slog.New(slog.DiscardHandler)

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"firn.io/firn/cluster/meta"
 	"firn.io/firn/cluster/node"
 	"firn.io/firn/internal/block"
 )
@@ -68,6 +69,15 @@ func (c *Cluster) compare(r *Report) error {
 		r.Read += read
 	}
 	return nil
+}
+
+// groupsNow is what the metadata store says of the groups.
+func (c *Cluster) groupsNow() []meta.GroupMeta {
+	gs, err := meta.ListGroups(c.ctx, c.Meta.Client())
+	if err != nil {
+		c.fail(err)
+	}
+	return gs
 }
 
 // live counts over all nodes and checks that what can be read is live.

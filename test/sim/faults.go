@@ -40,8 +40,8 @@ var kinds = []fault{
 	}},
 	{"full file system", 2, (*faults).fill},
 	{"disk failure", 1, (*faults).failDisk},
-	{"rot", 2, func(f *faults, s *storage) bool { return s == f.c.victim && s.ifUp(s.rot) }},
-	{"empty disk", 1, func(f *faults, s *storage) bool { return s == f.c.victim && s.ifUp(s.replace) }},
+	{"rot", 2, func(f *faults, _ *storage) bool { return f.c.victim.ifUp(f.c.victim.rot) }},
+	{"empty disk", 1, func(f *faults, _ *storage) bool { return f.c.victim.ifUp(f.c.victim.replace) }},
 	{"clock", 3, (*faults).skew},
 	{"gateway crash", 4, (*faults).gatewayCrash},
 	{"gateway pause", 3, (*faults).gatewayPause},
@@ -201,8 +201,9 @@ func (f *faults) fill(s *storage) bool {
 
 // failDisk makes a write or a sync fail, after which the disk is not used any
 // more; its operator replaces it.
-func (f *faults) failDisk(s *storage) bool {
-	return s == f.c.victim && s.ifUp(func() {
+func (f *faults) failDisk(*storage) bool {
+	s := f.c.victim
+	return s.ifUp(func() {
 		if f.c.World.Rand().IntN(2) == 0 {
 			s.failWrite = true
 		} else {

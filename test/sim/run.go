@@ -46,6 +46,8 @@ type Report struct {
 	Live, Readable  int64  // blocks, over all nodes, at the end
 	// Resizes and Deleted volumes beside the load, Repeated batches of requests.
 	Resizes, Deleted, Repeated int
+	// Replaced is how many replicas were ordered in the place of others.
+	Replaced int
 	// Survivors read all once more after a total power cut, without one node.
 	Survivors bool
 }
@@ -59,10 +61,10 @@ func (r Report) String() string {
 	return fmt.Sprintf("seed %d: %d events in %v of virtual time, trace %016x\n"+
 		"  faults: %s\n"+
 		"  %d operations, %d of them failed, %d writes acknowledged, %d of unknown outcome, %d sectors judged, %d operations ordered, %d digests compared\n"+
-		"  %d resizes, %d volumes deleted, %d batches repeated; longest stall %v; after the faults all operations were answered within %v\n"+
+		"  %d resizes, %d volumes deleted, %d batches repeated, %d replicas ordered anew; longest stall %v; after the faults all operations were answered within %v\n"+
 		"  %d blocks live, %d readable, %d read on each replica; all read again without a minority: %v",
 		r.Seed, r.Events, r.Virtual, r.Trace, strings.Join(faults, ", "), r.Operations, r.Failed, r.Acked, r.Unknown, r.Checked, r.Ordered, r.Digests,
-		r.Resizes, r.Deleted, r.Repeated, r.Stall, r.Recovery, r.Live, r.Readable, r.Read, r.Survivors)
+		r.Resizes, r.Deleted, r.Repeated, r.Replaced, r.Stall, r.Recovery, r.Live, r.Readable, r.Read, r.Survivors)
 }
 
 // entropy makes crypto/rand.Reader, which the Raft library draws its election
@@ -118,6 +120,9 @@ func (c *Cluster) run(r *Report) error {
 		r.Acked, r.Unknown, r.Checked = w.history.Counts()
 		r.Trace = c.trace.Sum64() ^ w.trace.h
 		r.Resizes, r.Deleted, r.Repeated = z.done, h.deleted, c.Net.Repeated()
+		for _, g := range c.groupsNow() {
+			r.Replaced += max(0, int(g.LastReplica)-len(g.Replicas))
+		}
 	}()
 	if !c.opt.Plain {
 		f.begin()

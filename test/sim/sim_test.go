@@ -14,10 +14,11 @@ var (
 )
 
 func options(seed uint64) Options {
-	o := Options{Seed: seed, Nodes: 3, VolumeBytes: 24 << 20, Writers: 8, Duration: 9 * time.Second, Restores: *restores}
+	o := Options{Seed: seed, Nodes: 3, VolumeBytes: 24 << 20, Writers: 8, Duration: 9 * time.Second, Restores: *restores,
+		AbsentAfter: time.Second}
 	switch seed % 8 {
 	case 5:
-		o.Nodes, o.Replicas = 4, 3
+		o.Nodes, o.Replicas, o.ReplaceAfter = 4, 3, 2*time.Second
 	case 7:
 		o.Nodes = 5
 	}
