@@ -197,6 +197,9 @@ func (s *served) ready(ctx context.Context) error {
 	case len(live) == 0:
 		return block.Errorf(block.Unavailable, "no storage node is up")
 	}
+	if err := s.groupsReady(ctx, live); err != nil {
+		return err
+	}
 	return s.registered(ctx)
 }
 

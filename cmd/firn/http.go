@@ -19,8 +19,12 @@ import (
 	"firn.io/firn/internal/block"
 )
 
-// probeTimeout bounds what a health check waits for.
-const probeTimeout = 3 * time.Second
+// What a probe of readiness and the status page wait for. Orchestrators give a
+// probe a second by default.
+const (
+	probeTimeout = 700 * time.Millisecond
+	pageTimeout  = 3 * time.Second
+)
 
 // observed is a role as its HTTP pages see it, from before it is ready until
 // after it has stopped.
@@ -110,7 +114,7 @@ th{font-weight:600;color:#5a6b78}.ok{color:#157347}.bad{color:#b02a37}small{colo
 `))
 
 func (o *observed) page(w http.ResponseWriter, r *http.Request) {
-	ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), pageTimeout)
 	defer cancel()
 	ready, status := o.now()
 	var s *clusterpb.StatusResponse

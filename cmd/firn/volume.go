@@ -18,20 +18,27 @@ type volumeView struct {
 	ID         string   `json:"id"`
 	SizeBytes  int64    `json:"size_bytes"`
 	BlockSize  uint32   `json:"block_size"`
-	Replicas   uint32   `json:"replicas"`
+	Replicas   uint32   `json:"replicas,omitzero"`
 	ReadOnly   bool     `json:"read_only"`
 	State      string   `json:"state"`
-	Generation uint32   `json:"generation"`
-	Epoch      uint64   `json:"epoch"`
+	Generation *uint32  `json:"generation,omitzero"`
+	Epoch      *uint64  `json:"epoch,omitzero"`
 	AttachedTo string   `json:"attached_to"`
 	Clients    uint32   `json:"clients"`
-	Groups     []uint64 `json:"groups"`
+	Groups     []uint64 `json:"groups,omitzero"`
+	// UsedBytes is about what one copy of its data takes; nil if not known.
+	UsedBytes *int64 `json:"used_bytes,omitzero"`
+}
+
+// forget leaves out what a gateway does not know of a volume by itself.
+func (v *volumeView) forget() {
+	v.Replicas, v.Generation, v.Epoch, v.Groups, v.UsedBytes = 0, nil, nil, nil, nil
 }
 
 func viewVolume(v *clusterpb.Volume) volumeView {
 	view := volumeView{
 		Name: v.Name, ID: v.Id, SizeBytes: v.SizeBytes, BlockSize: v.BlockSize, Replicas: v.Replicas, ReadOnly: v.ReadOnly,
-		State: v.State, Generation: v.Generation, Epoch: v.Epoch, AttachedTo: v.AttachedTo, Clients: v.Clients, Groups: v.Groups,
+		State: v.State, Generation: &v.Generation, Epoch: &v.Epoch, AttachedTo: v.AttachedTo, Clients: v.Clients, Groups: v.Groups, UsedBytes: v.UsedBytes,
 	}
 	if view.Groups == nil {
 		view.Groups = []uint64{}
@@ -68,10 +75,21 @@ func orDash(s string) string {
 	return s
 }
 
+func (v volumeView) used() string {
+	if v.UsedBytes == nil {
+		return "-"
+	}
+	return formatSize(*v.UsedBytes)
+}
+
 func writeVolumes(w io.Writer, vs []volumeView) {
-	fmt.Fprintln(w, "NAME\tSIZE\tREPLICAS\tATTACHED TO\tCLIENTS HERE\tNOTES")
+	fmt.Fprintln(w, "NAME\tSIZE\tUSED\tREPLICAS\tATTACHED TO\tCLIENTS HERE\tNOTES")
 	for _, v := range vs {
-		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%d\t%s\n", v.Name, formatSize(v.SizeBytes), v.Replicas, orDash(v.AttachedTo), v.Clients, v.flags())
+		replicas := "-"
+		if v.Replicas > 0 {
+			replicas = fmt.Sprint(v.Replicas)
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\n", v.Name, formatSize(v.SizeBytes), v.used(), replicas, orDash(v.AttachedTo), v.Clients, v.flags())
 	}
 }
 
@@ -152,10 +170,10 @@ func volumeShow(r *remote) *cobra.Command {
 			}
 			v := viewVolume(answer)
 			return r.print(v, func(w io.Writer) {
-				fmt.Fprintf(w, "name\t%s\nid\t%s\nsize\t%s (%d bytes)\nblock size\t%d\nreplicas\t%d\nread-only\t%s\nstate\t%s\n",
-					v.Name, v.ID, formatSize(v.SizeBytes), v.SizeBytes, v.BlockSize, v.Replicas, onOff(v.ReadOnly), v.State)
+				fmt.Fprintf(w, "name\t%s\nid\t%s\nsize\t%s (%d bytes)\nused\t%s\nblock size\t%d\nreplicas\t%d\nread-only\t%s\nstate\t%s\n",
+					v.Name, v.ID, formatSize(v.SizeBytes), v.SizeBytes, v.used(), v.BlockSize, v.Replicas, onOff(v.ReadOnly), v.State)
 				fmt.Fprintf(w, "attached to\t%s\nclients here\t%d\nepoch\t%d\ngeneration\t%d\ngroups\t%s\n",
-					orDash(v.AttachedTo), v.Clients, v.Epoch, v.Generation, strings.Trim(fmt.Sprint(v.Groups), "[]"))
+					orDash(v.AttachedTo), v.Clients, answer.Epoch, answer.Generation, strings.Trim(fmt.Sprint(v.Groups), "[]"))
 			})
 		},
 	}
