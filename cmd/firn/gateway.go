@@ -299,7 +299,9 @@ func newGateway(c *console) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				stopAnswering := listeners.answerMeanwhile(id, etcd.endpoints, nbdMeanwhile)
 				store, clusterID, err := etcd.open(ctx, c, listeners.page, parts)
+				stopAnswering()
 				if err != nil {
 					return err
 				}
