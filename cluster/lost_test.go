@@ -1,0 +1,27 @@
+package cluster
+
+import (
+	"bytes"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"firn.io/firn/internal/block"
+)
+
+// TestLostNodeIsLoggedOnce, however much is asked of it.
+func TestLostNodeIsLoggedOnce(t *testing.T) {
+	s := newScripted(t, 1<<30)
+	var log bytes.Buffer
+	s.client.log = slog.New(slog.NewTextHandler(&log, nil))
+	a := s.attach()
+	s.silent[1] = true
+	for c := block.Chunk(0); c < 6; c++ {
+		s.write(a, c, 0, 1)
+	}
+	s.RunFor(20 * time.Second)
+	if n := strings.Count(log.String(), "node is lost"); n != 1 || !strings.Contains(log.String(), "node=1") {
+		t.Errorf("logged %d times:\n%s", n, log.String())
+	}
+}
