@@ -81,7 +81,28 @@ func (a adminAPI) ResizeVolume(ctx context.Context, r *clusterpb.ResizeVolumeReq
 	if r.SizeBytes <= 0 {
 		return nil, block.Errorf(block.Invalid, "size %d: it must be above 0", r.SizeBytes)
 	}
+	if r.Shrink && !r.Force {
+		if err := a.shrinkable(ctx, r.Name, r.SizeBytes); err != nil {
+			return nil, err
+		}
+	}
 	return a.one(ctx)(a.change(ctx, r.Name, cluster.Settings{SizeBytes: r.SizeBytes, Shrink: r.Shrink}))
+}
+
+// shrinkable refuses to take bytes away under clients: their file systems reach
+// beyond the new end.
+func (a adminAPI) shrinkable(ctx context.Context, name string, bytes int64) error {
+	v, err := meta.FindVolume(ctx, a.store, name)
+	if err != nil || bytes >= v.SizeBytes {
+		return err
+	}
+	for _, o := range a.gateway.Volumes() {
+		if o.Geometry.ID == v.ID && o.Clients > 0 {
+			return block.Errorf(block.Busy, "volume %q has %d %s at gateway %s, and shrinking loses what lies beyond the new end under them: disconnect them first, or shrink with --force",
+				v.Name, o.Clients, plural(o.Clients, "client"), a.id)
+		}
+	}
+	return nil
 }
 
 // RenameVolume implements clusterpb.AdminServer.

@@ -282,7 +282,7 @@ func newGateway(c *console) *cobra.Command {
 			if err := required(cmd, "id", "data", "etcd"); err != nil {
 				return err
 			}
-			if err := meta.CheckGatewayID(id); err != nil {
+			if err := errors.Join(meta.CheckGatewayID(id), fronts.check(), etcd.check()); err != nil {
 				return err
 			}
 			return serveUntil(cmd.Context(), func(ctx context.Context, parts *stack, failed func(error)) error {

@@ -67,7 +67,7 @@ file of --config, a YAML map of flag names.`,
 	root.PersistentFlags().String("config", "", "read flags from this YAML file")
 	root.PersistentFlags().BoolVar(&c.json, "json", false, "print JSON")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return block.Errorf(block.Invalid, "%v; see `%s --help`", err, cmd.CommandPath())
+		return block.Errorf(block.Invalid, "%s; see `%s --help`", human(err), cmd.CommandPath())
 	})
 	remote := &remote{console: c}
 	root.AddCommand(
@@ -92,7 +92,7 @@ func usageIsInvalid(cmd *cobra.Command) {
 	} else if check := cmd.Args; check != nil {
 		cmd.Args = func(cmd *cobra.Command, args []string) error {
 			if err := check(cmd, args); err != nil {
-				return block.Errorf(block.Invalid, "%v; usage: %s", err, cmd.UseLine())
+				return block.Errorf(block.Invalid, "%s; usage: %s", human(err), cmd.UseLine())
 			}
 			return nil
 		}

@@ -120,6 +120,11 @@ func parseWanted(texts []string) ([]wanted, error) {
 		if err != nil {
 			return nil, block.Wrap(block.Invalid, err, "--volume %s", text)
 		}
+		for _, w := range out {
+			if w.name == name {
+				return nil, block.Errorf(block.Invalid, "--volume %s: %s is asked for twice", text, name)
+			}
+		}
 		out = append(out, wanted{name, n})
 	}
 	return out, nil
@@ -142,6 +147,9 @@ func newUp(c *console) *cobra.Command {
 		Example: "  firn up --volume demo=10G\n  firn up --nodes 3 --data /srv/firn --volume vm1=100G --volume vm2=100G",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := startLog(c, flags.logLevel); err != nil {
+				return err
+			}
+			if err := flags.fronts.check(); err != nil {
 				return err
 			}
 			volumes, err := parseWanted(flags.volumes)

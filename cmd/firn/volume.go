@@ -109,17 +109,28 @@ func volumeCreate(r *remote) *cobra.Command {
 	var replicas, blockSize uint32
 	cmd := &cobra.Command{
 		Use: "create NAME SIZE", Short: "Create a volume", Args: cobra.ExactArgs(2),
+		Long: `Create a volume, and return when it can be attached.
+
+` + sizeHelp,
 		Example: "  firn volume create db 100G --replicas 3",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			bytes, err := parseSize(args[1])
 			if err != nil {
 				return err
 			}
+			if cmd.Flags().Changed("replicas") && replicas == 0 {
+				return block.Errorf(block.Invalid, "--replicas 0: use 1, 3 or 5")
+			}
 			var v *clusterpb.Volume
+			late := false
 			err = r.call(cmd.Context(), "creating "+args[0], func(ctx context.Context, api clusterpb.AdminClient) (err error) {
 				v, err = api.CreateVolume(ctx, &clusterpb.CreateVolumeRequest{Name: args[0], SizeBytes: bytes, Replicas: replicas, BlockSize: blockSize})
+				late = err != nil && ctx.Err() != nil
 				return err
 			})
+			if late {
+				return block.Errorf(block.KindOf(err), "%v; the volume may have been made, or be made still: `firn volume show %s` tells", err, args[0])
+			}
 			if err != nil {
 				return err
 			}
@@ -213,9 +224,13 @@ func volumeSet(r *remote) *cobra.Command {
 }
 
 func volumeResize(r *remote) *cobra.Command {
-	var shrink bool
+	var shrink, force bool
 	cmd := &cobra.Command{
 		Use: "resize NAME SIZE", Short: "Grow a volume, or shrink it with --shrink", Args: cobra.ExactArgs(2),
+		Long: `Grow a volume, or shrink it with --shrink. Clients that are connected see a new
+size when they connect anew. A volume with clients is shrunk only with --force.
+
+` + sizeHelp,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			bytes, err := parseSize(args[1])
 			if err != nil {
@@ -223,7 +238,7 @@ func volumeResize(r *remote) *cobra.Command {
 			}
 			var v *clusterpb.Volume
 			err = r.call(cmd.Context(), "resizing "+args[0], func(ctx context.Context, api clusterpb.AdminClient) (err error) {
-				v, err = api.ResizeVolume(ctx, &clusterpb.ResizeVolumeRequest{Name: args[0], SizeBytes: bytes, Shrink: shrink})
+				v, err = api.ResizeVolume(ctx, &clusterpb.ResizeVolumeRequest{Name: args[0], SizeBytes: bytes, Shrink: shrink, Force: force})
 				return err
 			})
 			if err != nil {
@@ -233,7 +248,8 @@ func volumeResize(r *remote) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&shrink, "shrink", false, "allow a smaller size; what lies beyond it is lost")
-	markOnlyFlag(cmd, "shrink")
+	cmd.Flags().BoolVar(&force, "force", false, "shrink also while clients are connected")
+	markOnlyFlag(cmd, "shrink", "force")
 	return cmd
 }
 
