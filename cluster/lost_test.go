@@ -25,3 +25,17 @@ func TestLostNodeIsLoggedOnce(t *testing.T) {
 		t.Errorf("logged %d times:\n%s", n, log.String())
 	}
 }
+
+// TestTakenIDIsLoggedOnce: a gateway whose id is another's tries on, and the log
+// tells why once.
+func TestTakenIDIsLoggedOnce(t *testing.T) {
+	s := newScripted(t, 1<<30)
+	s.RunFor(time.Second)
+	var log bytes.Buffer
+	other := s.newClient("gw", "elsewhere")
+	other.log = slog.New(slog.NewTextHandler(&log, nil))
+	s.RunFor(20 * time.Second)
+	if n := strings.Count(log.String(), "gateway is not registered"); n != 1 || !strings.Contains(log.String(), "is running already") {
+		t.Errorf("logged %d times:\n%s", n, log.String())
+	}
+}

@@ -44,6 +44,9 @@ func (o *orders) here(id block.GroupID) (mine, here bool) {
 // synced tells the log of replicas that are not here, once each time there are
 // more of them.
 func (o *orders) synced() {
+	if !o.node.register.done {
+		return // it may be another process that is this node
+	}
 	given, missing := o.given()
 	switch {
 	case missing > o.told:

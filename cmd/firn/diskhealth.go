@@ -25,7 +25,7 @@ func viewDisk(d *clusterpb.Disk) diskView {
 	return v
 }
 
-// wellness is what the nodes that live say of themselves.
+// wellness is what the nodes say of themselves.
 type wellness struct {
 	served servedReplicas
 	copies map[uint32][]wire.CopyHealth
@@ -35,26 +35,29 @@ type wellness struct {
 	problems []*clusterpb.Problem
 }
 
-// addHealth asks the nodes that live how they are, and adds what they say to
-// their disks.
+// addHealth asks the nodes how they are, and adds what they say to their disks.
+// One that answers lives, also without a lease: etcd may have been away.
 func (s *served) addHealth(ctx context.Context, nodes []*clusterpb.Node) wellness {
 	w := wellness{served: newServed(), copies: map[uint32][]wire.CopyHealth{}, used: map[block.VolumeID]int64{}, led: map[block.GroupID]bool{}}
-	var live []*clusterpb.Node
-	var ids []block.NodeID
-	for _, n := range nodes {
-		w.served.alive[block.NodeID(n.Id)] = n.Alive
-		if n.Alive {
-			live, ids = append(live, n), append(ids, block.NodeID(n.Id))
-		}
+	ids := make([]block.NodeID, len(nodes))
+	for i, n := range nodes {
+		ids[i] = block.NodeID(n.Id)
 	}
 	answers, errs := s.askNodes(ctx, ids)
-	for i, n := range live {
-		if errs[i] != nil {
+	for i, n := range nodes {
+		switch {
+		case errs[i] == nil && !n.Alive:
+			n.Alive = true
+			w.problems = append(w.problems, &clusterpb.Problem{Severity: "warning", What: fmt.Sprintf("node %d answers, and has no lease from etcd", n.Id),
+				Remedy: "it registers again by itself within seconds; if it stays so, look at its log and at its way to etcd"})
+		case errs[i] != nil && n.Alive:
 			w.problems = append(w.problems, &clusterpb.Problem{Severity: "warning", What: errs[i].Error(),
 				Remedy: "if it stays so, look at the node's log and at the network between it and this gateway"})
-			continue
 		}
-		w.take(n, &answers[i])
+		w.served.alive[ids[i]] = n.Alive
+		if errs[i] == nil {
+			w.take(n, &answers[i])
+		}
 	}
 	return w
 }

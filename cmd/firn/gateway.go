@@ -190,6 +190,11 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 
 // ready tells why no volume can be attached here now, or nil.
 func (s *served) ready(ctx context.Context) error {
+	// At once, where it is known already: probes do not wait long.
+	var away error
+	if s.loop.Call(func() { away = s.catalog.client.StoreProblem() }); away != nil {
+		return away
+	}
 	live, err := meta.ListLive(ctx, s.store)
 	switch {
 	case err != nil:

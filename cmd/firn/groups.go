@@ -58,8 +58,11 @@ func (s servedReplicas) count(g block.GroupID, r meta.ReplicaMeta) (votes, follo
 // condition is how the groups are.
 type condition struct {
 	all int
-	// degraded lack a replica, or the leader; stuck of these lack a majority.
+	// degraded lack a replica, or it does not follow the leader that others do;
+	// stuck of these lack a majority.
 	degraded, stuck []block.GroupID
+	// electing have all replicas and no leader.
+	electing []block.GroupID
 }
 
 func (s servedReplicas) condition(groups []meta.GroupMeta) condition {
@@ -79,7 +82,10 @@ func (s servedReplicas) condition(groups []meta.GroupMeta) condition {
 				follow++
 			}
 		}
-		if follow < members {
+		switch {
+		case votes == members && follow == 0:
+			c.electing = append(c.electing, g.ID)
+		case follow < members:
 			c.degraded = append(c.degraded, g.ID)
 		}
 		if 2*votes <= members {
@@ -92,9 +98,13 @@ func (s servedReplicas) condition(groups []meta.GroupMeta) condition {
 }
 
 // problems tells a person of groups that are degraded.
-func (c condition) problems() []*clusterpb.Problem {
+func (c condition) problems() (out []*clusterpb.Problem) {
+	if len(c.electing) > 0 {
+		out = append(out, &clusterpb.Problem{Severity: "warning", What: fmt.Sprintf("%d of %d groups have no leader now, with all their replicas there", len(c.electing), c.all),
+			Remedy: "they elect one within seconds; if it stays so, look at the network between the nodes"})
+	}
 	if len(c.degraded) == 0 {
-		return nil
+		return out
 	}
 	p := &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("%d of %d groups are degraded, %d have no majority", len(c.degraded), c.all, len(c.stuck)),
 		Remedy: "stop no other node until they are whole: bring back the nodes that are down, and check that each node has its right disks (--disk) mounted"}
@@ -102,7 +112,7 @@ func (c condition) problems() []*clusterpb.Problem {
 		p.What += fmt.Sprintf(" (%s): I/O to their chunks waits", nameGroups(c.stuck))
 		p.Remedy = "bring back the nodes that are down, and those disks that nodes came up without; I/O resumes by itself. Where replicas are lost for good, see docs/repair.md"
 	}
-	return []*clusterpb.Problem{p}
+	return append(out, p)
 }
 
 // maxNamedGroups bounds the groups that a message names.
@@ -146,8 +156,8 @@ func (s *served) askNodes(ctx context.Context, ids []block.NodeID) (answers []wi
 // readyAskTime bounds what nodes are asked for a probe of readiness.
 const readyAskTime = 300 * time.Millisecond
 
-// groupsReady tells that groups have no majority, or nil: the nodes that live are
-// asked what they serve.
+// groupsReady tells that groups have no majority, or nil: the nodes are asked what
+// they serve. One that answers lives, also without a lease.
 func (s *served) groupsReady(ctx context.Context, live map[block.NodeID]meta.LiveMeta) error {
 	groups, err := meta.ListGroups(ctx, s.store)
 	if err != nil {
@@ -155,15 +165,20 @@ func (s *served) groupsReady(ctx context.Context, live map[block.NodeID]meta.Liv
 	}
 	seen := newServed()
 	var ids []block.NodeID
-	for id := range live {
-		seen.alive[id] = true
-		ids = append(ids, id)
+	for _, g := range groups {
+		for _, r := range g.Replicas {
+			if !slices.Contains(ids, r.Node) {
+				ids = append(ids, r.Node)
+			}
+		}
 	}
 	asking, cancel := context.WithTimeout(ctx, readyAskTime)
 	defer cancel()
 	answers, errs := s.askNodes(asking, ids)
 	for i, id := range ids {
+		_, seen.alive[id] = live[id]
 		if errs[i] == nil {
+			seen.alive[id] = true
 			seen.tell(id, &answers[i])
 		}
 	}

@@ -57,6 +57,15 @@ func TestReplicasAreCounted(t *testing.T) {
 			t.Errorf("%s: %q, %q; want %q", c.name, text.String(), remedies.String(), c.words)
 		}
 	}
+	// All there, and no leader yet: new groups, for a moment.
+	young := newServed()
+	for id := block.NodeID(1); id <= 3; id++ {
+		young.alive[id] = true
+		young.tell(id, &wire.NodeHealth{Served: []wire.ServedReplica{{Group: 1, Replica: block.ReplicaID(id)}}})
+	}
+	if ps := young.condition(groups[:1]).problems(); len(ps) != 1 || ps[0].Severity != "warning" || !strings.Contains(ps[0].What, "no leader now") {
+		t.Errorf("%v", ps)
+	}
 	// A replica that was replaced, or votes under another id, does not count.
 	seen := full()
 	other := groupOn(1, 1, 2, 3)

@@ -23,7 +23,8 @@ import (
 const (
 	// startTime bounds what a role waits for until it is ready.
 	startTime = 30 * time.Second
-	// registerTime bounds a gateway's way into etcd once that answers.
+	// registerTime bounds a gateway's way into etcd once that answers, and a node's
+	// while another process has its place.
 	registerTime = 10 * time.Second
 	// stopTime is what an orderly stop takes at most, as long as every part ends
 	// within its share of it: what is left of stopTime, but at most partTime, so

@@ -205,9 +205,24 @@ func (s *storage) started(context.Context) error {
 	return nil
 }
 
-// awaitStarted waits until the node has started. Busy: another process is that node.
+// awaitStarted waits until the node has started. Busy: another process is that
+// node, for longer than its lease would last without it.
 func (s *storage) awaitStarted(ctx context.Context) error {
-	err := awaitReady(ctx, s.started)
+	waiting, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var since time.Time // that another process is this node
+	err := awaitReady(waiting, func(ctx context.Context) error {
+		err := s.started(ctx)
+		switch {
+		case err == nil || block.KindOf(err) != block.Busy:
+			since = time.Time{}
+		case since.IsZero():
+			since = time.Now()
+		case time.Since(since) > registerTime:
+			cancel() // its lease would have ended
+		}
+		return err
+	})
 	if err == nil {
 		return nil
 	}
