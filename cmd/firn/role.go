@@ -70,6 +70,10 @@ func (s *stack) close() error {
 func (s *stack) closePart(i int, share time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), share)
 	defer cancel()
+	patience := time.AfterFunc(progressAfter, func() {
+		slog.Warn("stopping: waiting for a part to end; a second Ctrl-C leaves the rest to the restart, which finds all that was acknowledged", "part", s.names[i], "at most", share)
+	})
+	defer patience.Stop()
 	return s.closers[i](ctx)
 }
 
