@@ -111,6 +111,7 @@ type served struct {
 	gateway *gateway.Gateway
 	nbd     *nbd.Server
 	targets *volumeTargets // nil without iSCSI
+	times   *prometheus.HistogramVec
 	yielded yielded
 	// creds are for the API, in both directions.
 	creds credentials.TransportCredentials
@@ -137,7 +138,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	if err != nil {
 		return nil, err
 	}
-	s := &served{id: cfg.id, cluster: cfg.cluster, store: cfg.store, nbdAddr: cfg.fronts.nbdAddr, creds: cfg.fronts.creds}
+	s := &served{id: cfg.id, cluster: cfg.cluster, store: cfg.store, nbdAddr: cfg.fronts.nbdAddr, creds: cfg.fronts.creds, times: requestTimes()}
 	s.loop = loop.NewSystem(clock.System{}, loop.DefaultLimits)
 	parts.push("gateway's loop", func(context.Context) error { s.loop.Stop(); return nil })
 
@@ -155,7 +156,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	parts.push("gateway", s.gateway.Close)
 
 	access := cfg.fronts.access
-	server := nbd.NewServer(access.guard(exports{s.gateway}), nbd.Options{Log: slog.Default(), TLS: access.tls, RequireTLS: access.require})
+	server := nbd.NewServer(access.guard(exports{s.gateway, latenciesOf(s.times, "nbd")}), nbd.Options{Log: slog.Default(), TLS: access.tls, RequireTLS: access.require})
 	s.nbd = server
 	serving := make(chan struct{})
 	go func() {
@@ -172,7 +173,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	stopAPI := s.serveAPI(cfg.fronts.api, cfg.fronts.creds, failed)
 	parts.push("API", func(context.Context) error { stopAPI(); return nil })
 	iscsiServer := s.serveISCSI(cfg.fronts.iscsi, parts, failed)
-	cfg.metrics.MustRegister(gatewayMetrics(s.gateway, server), iscsiMetrics(iscsiServer))
+	cfg.metrics.MustRegister(gatewayMetrics(s.gateway, server), iscsiMetrics(iscsiServer), s.times)
 	cfg.metrics.MustRegister(clientMetrics(s.loop, client))
 	if store, ok := cfg.store.(usageStore); ok {
 		cfg.metrics.MustRegister(etcdMetrics(store, clock.System{}))
