@@ -210,3 +210,33 @@ func TestOpenErrorNamesItsCause(t *testing.T) {
 		}
 	}
 }
+
+// TestRefusedUpLeavesNothing: what is wrong with the ports is known before a new
+// folder is made.
+func TestRefusedUpLeavesNothing(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	dir := filepath.Join(t.TempDir(), "new")
+	var out, errs bytes.Buffer
+	con := &console{in: strings.NewReader(""), out: &out, err: &errs}
+	code := run(t.Context(), con, func(string) (string, bool) { return "", false },
+		[]string{"up", "--data", dir, "--nbd", taken.Addr().String(), "--api", "127.0.0.1:0", "--http", ""})
+	if code != 5 || !strings.Contains(errs.String(), "--nbd") {
+		t.Errorf("exit %d, %s", code, errs.String())
+	}
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("the refused start left %s: %v", dir, err)
+	}
+}
+
+// TestVersionNamesTheCommit that the linker was told, where the build does not.
+func TestVersionNamesTheCommit(t *testing.T) {
+	was := revision
+	defer func() { revision = was }()
+	if revision = "0123456789ab"; version() == "devel" {
+		t.Error("the version names no commit")
+	}
+}

@@ -48,4 +48,3 @@ func TestRequestTimes(t *testing.T) {
 		t.Errorf("%v allocations a read, %v without times", n, inner)
 	}
 }
-

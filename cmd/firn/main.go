@@ -125,6 +125,10 @@ func exitCodes() *cobra.Command {
 	}
 }
 
+// revision is the commit that `make` built, where Go does not note it itself
+// (GOFLAGS=-buildvcs=false, `go run`): set by the linker.
+var revision string
+
 // version is the module version, or the commit of a build from a checkout.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
@@ -138,6 +142,9 @@ func version() string {
 		if s.Key == "vcs.revision" && len(s.Value) >= 12 {
 			return "devel-" + s.Value[:12]
 		}
+	}
+	if revision != "" {
+		return "devel-" + revision
 	}
 	return "devel"
 }

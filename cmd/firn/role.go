@@ -34,6 +34,8 @@ const (
 	stopTime      = 20 * time.Second
 	partTime      = 8 * time.Second
 	leastPartTime = 2 * time.Second
+	// stopProgressAfter is how long a part may take before a person is told.
+	stopProgressAfter = 1500 * time.Millisecond
 	// clientsTime is how long the clients of a frontend may take to end what they
 	// have in flight; then their connections are cut.
 	clientsTime = 3 * time.Second
@@ -70,8 +72,9 @@ func (s *stack) close() error {
 func (s *stack) closePart(i int, share time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), share)
 	defer cancel()
-	patience := time.AfterFunc(progressAfter, func() {
-		slog.Warn("stopping: waiting for a part to end; a second Ctrl-C leaves the rest to the restart, which finds all that was acknowledged", "part", s.names[i], "at most", share)
+	name, share := s.names[i], share.Round(time.Millisecond)
+	patience := time.AfterFunc(stopProgressAfter, func() {
+		slog.Warn("stopping: waiting for a part to end; a second Ctrl-C leaves the rest to the restart, which finds all that was acknowledged", "part", name, "at most", share)
 	})
 	defer patience.Stop()
 	return s.closers[i](ctx)

@@ -46,6 +46,7 @@ func TestEachPartHasItsTime(t *testing.T) {
 		if took := time.Since(begin); closed != 8 || took > stopTime+8*leastPartTime {
 			t.Errorf("%d parts were closed, in %v", closed, took)
 		}
+		synctest.Wait()
 		if n := strings.Count(log.String(), "part=hangs \"at most\""); n < 2 || strings.Contains(log.String(), "part=well \"at most\"") || !strings.Contains(log.String(), "part=clients \"at most\"") {
 			t.Errorf("the log tells %d times what is waited for:\n%s", n, log.String())
 		}
