@@ -1,6 +1,7 @@
 # Firn. `make` or `make help` lists what there is.
 
 export PATH := $(PATH):$(shell go env GOPATH)/bin
+REVISION = $(shell git rev-parse --short=12 HEAD 2>/dev/null)
 .DEFAULT_GOAL := help
 .PHONY: help build check test test-long sim fuzz mutants bench images proto fmt
 
@@ -8,7 +9,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 build: ## Build ./firn
-	go build -o firn ./cmd/firn
+	go build -ldflags "-X main.revision=$(REVISION)" -o firn ./cmd/firn
 
 check: ## Format, vet, unit tests and a few seeds, at most 5 minutes: what to run before a commit
 	go run ./test/run -only format,vet,unit,sim -seeds 3
@@ -33,7 +34,7 @@ bench: ## Measure side by side with nbdkit and qemu-nbd; see docs/benchmarks.md
 
 images: ## Build the images of docker-compose.yml; needs no registry
 	mkdir -p dist/empty
-	CGO_ENABLED=0 go build -ldflags "-s -w" -o dist/firn ./cmd/firn
+	CGO_ENABLED=0 go build -ldflags "-s -w -X main.revision=$(REVISION)" -o dist/firn ./cmd/firn
 	CGO_ENABLED=0 go build -ldflags "-s -w" -o dist/etcd ./deploy/etcd
 	DOCKER_BUILDKIT=0 docker-compose build
 

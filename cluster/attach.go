@@ -2,6 +2,9 @@ package cluster
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"slices"
 	"time"
 
 	"firn.io/firn/cluster/meta"
@@ -15,9 +18,17 @@ import (
 // vanish: that of a dead one does within its lease.
 const ownerPatience = meta.OwnerTTL + time.Second
 
+// fencePatience is how long an attach waits for groups to commit its Fence: for
+// more than an election, and less than a client waits for an answer.
+const fencePatience = 8 * time.Second
+
+// errSilent ends the Fences of an attach.
+var errSilent = errors.New("the Fence was not committed in time")
+
 // StartAttach attaches a volume (F1) and calls done, on the loop, once it is
 // fenced everywhere and may be exported, or cannot be. Kinds: NotFound, Busy
-// (another gateway has it; the text names it), Unavailable, Canceled.
+// (another gateway has it; the text names it), Unavailable (the text names groups
+// without a majority), Canceled.
 func (c *Client) StartAttach(ctx context.Context, id block.VolumeID, done func(*Attachment, error)) {
 	t := &attaching{client: c, ctx: ctx, id: id, done: done, began: c.loop.Now()}
 	if c.session == nil {
@@ -121,9 +132,15 @@ func (c *Client) drawNonce() block.Nonce {
 
 // fence installs the epoch in every group.
 func (t *attaching) fence() {
-	t.client.fenceAll(t.ctx, t.got.Volume, t.got.Owner, func(f fencing) {
+	ctx, giveUp := context.WithCancelCause(t.ctx)
+	patience := t.client.loop.After(fencePatience, func() { giveUp(errSilent) })
+	t.client.fenceAll(ctx, t.got.Volume, t.got.Owner, func(f fencing) {
+		patience.Stop()
+		giveUp(nil)
 		t.fenced, t.tokens = t.client.loop.Now(), f.tokens
 		switch {
+		case len(f.silent) > 0:
+			t.end(nil, t.noMajority(f))
 		case f.err != nil:
 			t.end(nil, f.err)
 		case f.refused:
@@ -135,6 +152,26 @@ func (t *attaching) fence() {
 		}
 	})
 }
+
+// noMajority is the error of an attach whose time was over before these groups
+// committed the Fence.
+func (t *attaching) noMajority(f fencing) error {
+	slices.Sort(f.silent)
+	names := ""
+	for i, g := range f.silent {
+		if i == maxNamedGroups {
+			names += fmt.Sprintf(" and %d more", len(f.silent)-i)
+			break
+		}
+		names += fmt.Sprintf(" %d", g)
+	}
+	return block.Errorf(block.Unavailable,
+		"volume %q: %d of its %d groups have no majority, or their leaders cannot be reached (%s): bring back the nodes that are down; `firn health` says which",
+		t.got.Volume.Name, len(f.silent), len(t.got.Volume.Groups()), names[1:])
+}
+
+// maxNamedGroups bounds the groups that an error names.
+const maxNamedGroups = 8
 
 // raise takes an epoch above what a group has seen: the metadata store is behind.
 func (t *attaching) raise(seen block.Epoch) {
@@ -247,6 +284,7 @@ type fencing struct {
 	refused bool              // some group knows a higher epoch, or another nonce
 	seen    block.Epoch       // the highest that a group knows
 	newest  wire.VolumeRecord // of the highest settings counter
+	silent  []block.GroupID   // that did not answer while the caller waited
 	err     error
 }
 
@@ -279,6 +317,9 @@ func (c *Client) fenceAll(ctx context.Context, v meta.VolumeMeta, o meta.OwnerMe
 
 func (f *fencing) take(v meta.VolumeMeta, g block.GroupID, res *wire.ApplyResult, err error) {
 	switch {
+	case errors.Is(err, errSilent):
+		f.silent = append(f.silent, g)
+		f.err = err
 	case err != nil:
 		f.err = err
 	case res.Outcome == wire.OutcomeApplied:

@@ -20,9 +20,9 @@ func TestAttachFencesEveryGroupFirst(t *testing.T) {
 	s.script = func(q asked) bool { return q.req.Group == blocked }
 	attached := false
 	s.loop.Post(func() {
-		s.client.StartAttach(t.Context(), s.vol.ID, func(a *Attachment, err error) { attached = true })
+		s.client.StartAttach(t.Context(), s.vol.ID, func(a *Attachment, err error) { attached = err == nil })
 	})
-	s.RunFor(20 * time.Second)
+	s.RunFor(5 * time.Second)
 	if attached {
 		t.Fatal("attached without a Fence in every group")
 	}
@@ -39,6 +39,27 @@ func TestAttachFencesEveryGroupFirst(t *testing.T) {
 			t.Errorf("token %v of group %d is not its Fence's", st.token, st.group.id)
 		}
 	}
+}
+
+// TestAttachNamesGroupsWithoutMajority: it ends before its caller does, with what
+// to do, and the volume is free for another try.
+func TestAttachNamesGroupsWithoutMajority(t *testing.T) {
+	s := newScripted(t, 1<<30)
+	s.script = func(q asked) bool { return q.req.Group == 2 || q.req.Group == 3 }
+	began := s.Now()
+	o := &outcome{}
+	s.loop.Post(func() {
+		s.client.StartAttach(t.Context(), s.vol.ID, func(a *Attachment, err error) { o.done(err) })
+	})
+	s.until("the end of the attempt", func() bool { return o.ended })
+	if took := s.Now().Sub(began); took > 12*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	if !errors.Is(o.err, block.Unavailable) || !strings.Contains(o.err.Error(), "2 of its") || !strings.Contains(o.err.Error(), "(2 3)") || !strings.Contains(o.err.Error(), "no majority") {
+		t.Errorf("%v", o.err)
+	}
+	s.script = nil
+	s.attach()
 }
 
 func TestAttachGivesUpWithItsCaller(t *testing.T) {

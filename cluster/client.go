@@ -81,10 +81,12 @@ type Client struct {
 	cancel  context.CancelFunc
 	session *meta.Session
 	lease   meta.LeaseID // that the gateway is registered under
-	nodes   *meta.Mirror
-	groupsM *meta.Mirror
-	volumes *meta.Mirror
-	owners  *meta.Mirror
+	// unregistered is why it is not, as the log was told.
+	unregistered string
+	nodes        *meta.Mirror
+	groupsM      *meta.Mirror
+	volumes      *meta.Mirror
+	owners       *meta.Mirror
 	// ownKeys are the owner keys under this process's lease that owners has.
 	ownKeys   map[block.VolumeID]block.Nonce
 	releasing bool // one of them that no attachment here has
@@ -257,14 +259,17 @@ func (c *Client) granted(id meta.LeaseID) {
 		switch {
 		case c.session.Lease() != id || ctx.Err() != nil:
 		case err != nil:
-			c.log.Warn("gateway is not registered", "id", g.ID, "why", err)
+			if why := err.Error(); why != c.unregistered {
+				c.unregistered = why
+				c.log.Warn("gateway is not registered; it tries on", "id", g.ID, "why", why)
+			}
 			c.loop.After(metaRetry, func() {
 				if c.session.Lease() == id {
 					c.granted(id)
 				}
 			})
 		default:
-			c.lease = id
+			c.lease, c.unregistered = id, ""
 			for _, a := range slices.Clone(c.attached) {
 				a.checkOwner()
 			}

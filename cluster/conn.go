@@ -20,6 +20,17 @@ type conn struct {
 	heard clock.Instant // of the newest answer
 	// suspect: others are asked first until then, for it was silent or slow.
 	suspect clock.Instant
+	// away: it was lost, the log says so, and it has not answered since.
+	away bool
+}
+
+// lost tells the log, once until the node answers again.
+func (c *Client) lost(cn *conn, why string) {
+	if cn.away || c.session == nil || c.ctx.Err() != nil {
+		return
+	}
+	cn.away = true
+	c.log.Warn("node is lost: "+why+"; its groups go on with their other replicas, if those are a majority", "node", cn.node, "addr", cn.addr)
 }
 
 // suspectFor is how long a node that was silent or slow is passed by.
@@ -166,6 +177,9 @@ func (c *Client) expireCalls() {
 	}
 	for _, cl := range late {
 		if cl.id != 0 {
+			if now.Sub(max(cl.sent, cl.conn.heard)) > silentCommand {
+				c.lost(cl.conn, "it does not answer")
+			}
 			c.lose(cl)
 		}
 	}
@@ -191,6 +205,10 @@ func (r *receiver) Receive(p transport.Peer, m transport.Message) {
 		return
 	}
 	cl.conn.heard, cl.conn.suspect = c.loop.Now(), 0
+	if cl.conn.away {
+		cl.conn.away = false
+		c.log.Info("node answers again", "node", cl.conn.node, "addr", cl.conn.addr)
+	}
 	c.forget(cl)
 	cl.ended(&c.resp, m.Payloads)
 }
@@ -200,6 +218,7 @@ func (r *receiver) Closed(p transport.Peer, _ error) {
 	c := (*Client)(r)
 	for _, cn := range c.conns {
 		if cn.peer == p {
+			c.lost(cn, "its connection has ended")
 			c.loseCalls(cn)
 			return
 		}

@@ -12,6 +12,15 @@ import (
 // healthTime bounds how long a node is waited for that is asked how it is.
 const healthTime = time.Second
 
+// StoreProblem is why the metadata store did not answer when this process last
+// told it that it lives, or nil. It is called on the loop.
+func (c *Client) StoreProblem() error {
+	if c.session != nil && c.session.Failing() {
+		return c.session.Problem()
+	}
+	return nil
+}
+
 // NodeHealth asks a node how it is. It is called on the loop, and so is done,
 // once. Kind Unavailable when the node is not known, or does not answer within
 // a second or the life of ctx; Unsupported when it is too old to tell.
@@ -27,7 +36,7 @@ func (c *Client) NodeHealth(ctx context.Context, id block.NodeID, done func(wire
 		release(bufs)
 		switch {
 		case resp == nil:
-			done(wire.NodeHealth{}, block.Errorf(block.Unavailable, "node %d did not tell how it is", id))
+			done(wire.NodeHealth{}, block.Errorf(block.Unavailable, "node %d does not answer how it is", id))
 		case resp.Status != wire.StatusOK:
 			done(wire.NodeHealth{}, block.Errorf(block.Unsupported, "node %d cannot tell how it is: %s", id, resp.Text))
 		default:

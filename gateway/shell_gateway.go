@@ -45,6 +45,8 @@ type Gateway struct {
 	mu     sync.Mutex
 	open   map[block.VolumeID]*opened
 	closed bool
+	// refused are the volumes whose last attach failed, and the log knows why.
+	refused map[block.VolumeID]string
 }
 
 // opened is a volume from before its Attach until after its Close.
@@ -70,7 +72,7 @@ func New(opt Options) *Gateway {
 	if opt.Log == nil {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Gateway{opt: opt, open: map[block.VolumeID]*opened{}}
+	return &Gateway{opt: opt, open: map[block.VolumeID]*opened{}, refused: map[block.VolumeID]string{}}
 }
 
 // Handle is one client's use of an open volume.
@@ -135,7 +137,7 @@ func (g *Gateway) Open(ctx context.Context, name string) (*Handle, error) {
 			return nil, err
 		}
 		if mine {
-			go g.attach(o)
+			go g.attach(o, geometry.Name)
 		}
 		h, again, err := g.join(ctx, o)
 		if !again {
@@ -193,10 +195,11 @@ func (g *Gateway) join(ctx context.Context, o *opened) (h *Handle, again bool, e
 // since others may have joined.
 const attachTime = 30 * time.Second
 
-func (g *Gateway) attach(o *opened) {
+func (g *Gateway) attach(o *opened, name string) {
 	ctx, cancel := context.WithTimeout(context.Background(), attachTime)
 	defer cancel()
 	backend, err := g.opt.Storage.Attach(ctx, o.id)
+	g.tell(o.id, name, err)
 	if err != nil {
 		o.err = err
 		g.remove(o)
@@ -212,6 +215,20 @@ func (g *Gateway) attach(o *opened) {
 		close(o.ready)
 		g.leave(o)
 	})
+}
+
+// tell logs that a volume cannot be attached: once for a reason, until it can be.
+func (g *Gateway) tell(id block.VolumeID, name string, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err == nil {
+		delete(g.refused, id)
+		return
+	}
+	if why := err.Error(); g.refused[id] != why {
+		g.refused[id] = why
+		g.opt.Log.Warn("volume cannot be attached", "volume", name, "why", why)
+	}
 }
 
 // remove takes o out of the table: the next client attaches anew.

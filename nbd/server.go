@@ -279,7 +279,11 @@ func (c *conn) run(ctx context.Context) error {
 	log = log.With("export", export.Info.Name)
 	log.Info("nbd: client entered", "headers", h.headers, "tls", h.tls == tlsOn)
 	err = c.transmit(ctx, h)
-	log.Info("nbd: client left", "error", err)
+	if err != nil {
+		log.Info("nbd: client left", "error", err)
+	} else {
+		log.Info("nbd: client left")
+	}
 	return err
 }
 

@@ -87,7 +87,10 @@ type Volume struct {
 	// The Raft groups that hold it.
 	Groups []uint64 `protobuf:"varint,11,rep,packed,name=groups,proto3" json:"groups,omitempty"`
 	// Clients connected through the answering gateway.
-	Clients       uint32 `protobuf:"varint,12,opt,name=clients,proto3" json:"clients,omitempty"`
+	Clients uint32 `protobuf:"varint,12,opt,name=clients,proto3" json:"clients,omitempty"`
+	// About what one copy of its data takes; absent if not known: a node that leads
+	// one of its groups did not answer, or nobody was asked.
+	UsedBytes     *int64 `protobuf:"varint,13,opt,name=used_bytes,json=usedBytes,proto3,oneof" json:"used_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -202,6 +205,13 @@ func (x *Volume) GetGroups() []uint64 {
 func (x *Volume) GetClients() uint32 {
 	if x != nil {
 		return x.Clients
+	}
+	return 0
+}
+
+func (x *Volume) GetUsedBytes() int64 {
+	if x != nil && x.UsedBytes != nil {
+		return *x.UsedBytes
 	}
 	return 0
 }
@@ -454,8 +464,10 @@ type ResizeVolumeRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	SizeBytes int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
-	// Shrinking loses the bytes beyond the new size for good.
+	// Shrinking loses the bytes beyond the new size for good. Without force, kind
+	// busy if the volume has clients.
 	Shrink        bool `protobuf:"varint,3,opt,name=shrink,proto3" json:"shrink,omitempty"`
+	Force         bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -507,6 +519,13 @@ func (x *ResizeVolumeRequest) GetSizeBytes() int64 {
 func (x *ResizeVolumeRequest) GetShrink() bool {
 	if x != nil {
 		return x.Shrink
+	}
+	return false
+}
+
+func (x *ResizeVolumeRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
 	}
 	return false
 }
@@ -900,8 +919,14 @@ type Node struct {
 	HaltedReason   string `protobuf:"bytes,8,opt,name=halted_reason,json=haltedReason,proto3" json:"halted_reason,omitempty"`
 	// Replicas that were replaced, and whose data is still to be removed.
 	RetiredReplicas uint32 `protobuf:"varint,9,opt,name=retired_replicas,json=retiredReplicas,proto3" json:"retired_replicas,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Replicas that the cluster gives the node, and those of them that are not on
+	// its disks.
+	GivenReplicas   uint32 `protobuf:"varint,10,opt,name=given_replicas,json=givenReplicas,proto3" json:"given_replicas,omitempty"`
+	MissingReplicas uint32 `protobuf:"varint,11,opt,name=missing_replicas,json=missingReplicas,proto3" json:"missing_replicas,omitempty"`
+	// Whether the node said this itself now.
+	Answered      bool `protobuf:"varint,12,opt,name=answered,proto3" json:"answered,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Node) Reset() {
@@ -995,6 +1020,27 @@ func (x *Node) GetRetiredReplicas() uint32 {
 		return x.RetiredReplicas
 	}
 	return 0
+}
+
+func (x *Node) GetGivenReplicas() uint32 {
+	if x != nil {
+		return x.GivenReplicas
+	}
+	return 0
+}
+
+func (x *Node) GetMissingReplicas() uint32 {
+	if x != nil {
+		return x.MissingReplicas
+	}
+	return 0
+}
+
+func (x *Node) GetAnswered() bool {
+	if x != nil {
+		return x.Answered
+	}
+	return false
 }
 
 // Repair is one replica that is made in the place of another, or filled because
@@ -1256,15 +1302,22 @@ type StatusResponse struct {
 	ClusterId string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
 	Version   string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
 	// The gateway that answers, and where it serves NBD.
-	Gateway       string     `protobuf:"bytes,3,opt,name=gateway,proto3" json:"gateway,omitempty"`
-	NbdAddr       string     `protobuf:"bytes,4,opt,name=nbd_addr,json=nbdAddr,proto3" json:"nbd_addr,omitempty"`
-	Nodes         []*Node    `protobuf:"bytes,5,rep,name=nodes,proto3" json:"nodes,omitempty"`
-	Volumes       []*Volume  `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`
-	Groups        uint32     `protobuf:"varint,7,opt,name=groups,proto3" json:"groups,omitempty"`
-	Problems      []*Problem `protobuf:"bytes,8,rep,name=problems,proto3" json:"problems,omitempty"`
-	Repairs       []*Repair  `protobuf:"bytes,9,rep,name=repairs,proto3" json:"repairs,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Gateway  string     `protobuf:"bytes,3,opt,name=gateway,proto3" json:"gateway,omitempty"`
+	NbdAddr  string     `protobuf:"bytes,4,opt,name=nbd_addr,json=nbdAddr,proto3" json:"nbd_addr,omitempty"`
+	Nodes    []*Node    `protobuf:"bytes,5,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	Volumes  []*Volume  `protobuf:"bytes,6,rep,name=volumes,proto3" json:"volumes,omitempty"`
+	Groups   uint32     `protobuf:"varint,7,opt,name=groups,proto3" json:"groups,omitempty"`
+	Problems []*Problem `protobuf:"bytes,8,rep,name=problems,proto3" json:"problems,omitempty"`
+	Repairs  []*Repair  `protobuf:"bytes,9,rep,name=repairs,proto3" json:"repairs,omitempty"`
+	// etcd did not answer: nodes, groups, repairs, other gateways, and volumes that
+	// are not attached here are not known.
+	Partial  bool       `protobuf:"varint,10,opt,name=partial,proto3" json:"partial,omitempty"`
+	Gateways []*Gateway `protobuf:"bytes,11,rep,name=gateways,proto3" json:"gateways,omitempty"`
+	// Groups that lack a replica, and those of them that lack a majority.
+	DegradedGroups uint32 `protobuf:"varint,12,opt,name=degraded_groups,json=degradedGroups,proto3" json:"degraded_groups,omitempty"`
+	StuckGroups    uint32 `protobuf:"varint,13,opt,name=stuck_groups,json=stuckGroups,proto3" json:"stuck_groups,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -1360,6 +1413,103 @@ func (x *StatusResponse) GetRepairs() []*Repair {
 	return nil
 }
 
+func (x *StatusResponse) GetPartial() bool {
+	if x != nil {
+		return x.Partial
+	}
+	return false
+}
+
+func (x *StatusResponse) GetGateways() []*Gateway {
+	if x != nil {
+		return x.Gateways
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetDegradedGroups() uint32 {
+	if x != nil {
+		return x.DegradedGroups
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetStuckGroups() uint32 {
+	if x != nil {
+		return x.StuckGroups
+	}
+	return 0
+}
+
+// Gateway is one that holds its lease.
+type Gateway struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	ApiAddr       string                 `protobuf:"bytes,2,opt,name=api_addr,json=apiAddr,proto3" json:"api_addr,omitempty"`
+	NbdAddr       string                 `protobuf:"bytes,3,opt,name=nbd_addr,json=nbdAddr,proto3" json:"nbd_addr,omitempty"`
+	IscsiAddr     string                 `protobuf:"bytes,4,opt,name=iscsi_addr,json=iscsiAddr,proto3" json:"iscsi_addr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Gateway) Reset() {
+	*x = Gateway{}
+	mi := &file_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Gateway) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Gateway) ProtoMessage() {}
+
+func (x *Gateway) ProtoReflect() protoreflect.Message {
+	mi := &file_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Gateway.ProtoReflect.Descriptor instead.
+func (*Gateway) Descriptor() ([]byte, []int) {
+	return file_admin_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *Gateway) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Gateway) GetApiAddr() string {
+	if x != nil {
+		return x.ApiAddr
+	}
+	return ""
+}
+
+func (x *Gateway) GetNbdAddr() string {
+	if x != nil {
+		return x.NbdAddr
+	}
+	return ""
+}
+
+func (x *Gateway) GetIscsiAddr() string {
+	if x != nil {
+		return x.IscsiAddr
+	}
+	return ""
+}
+
 // Problem is one thing that is wrong now, and what to do about it.
 type Problem struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1373,7 +1523,7 @@ type Problem struct {
 
 func (x *Problem) Reset() {
 	*x = Problem{}
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1385,7 +1535,7 @@ func (x *Problem) String() string {
 func (*Problem) ProtoMessage() {}
 
 func (x *Problem) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[20]
+	mi := &file_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1398,7 +1548,7 @@ func (x *Problem) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Problem.ProtoReflect.Descriptor instead.
 func (*Problem) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{20}
+	return file_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Problem) GetSeverity() string {
@@ -1430,7 +1580,7 @@ type HealthRequest struct {
 
 func (x *HealthRequest) Reset() {
 	*x = HealthRequest{}
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1442,7 +1592,7 @@ func (x *HealthRequest) String() string {
 func (*HealthRequest) ProtoMessage() {}
 
 func (x *HealthRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[21]
+	mi := &file_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1455,7 +1605,7 @@ func (x *HealthRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthRequest.ProtoReflect.Descriptor instead.
 func (*HealthRequest) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{21}
+	return file_admin_proto_rawDescGZIP(), []int{22}
 }
 
 type HealthResponse struct {
@@ -1468,7 +1618,7 @@ type HealthResponse struct {
 
 func (x *HealthResponse) Reset() {
 	*x = HealthResponse{}
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1480,7 +1630,7 @@ func (x *HealthResponse) String() string {
 func (*HealthResponse) ProtoMessage() {}
 
 func (x *HealthResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_admin_proto_msgTypes[22]
+	mi := &file_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1493,7 +1643,7 @@ func (x *HealthResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthResponse.ProtoReflect.Descriptor instead.
 func (*HealthResponse) Descriptor() ([]byte, []int) {
-	return file_admin_proto_rawDescGZIP(), []int{22}
+	return file_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *HealthResponse) GetHealthy() bool {
@@ -1516,7 +1666,7 @@ const file_admin_proto_rawDesc = "" +
 	"\n" +
 	"\vadmin.proto\x12\rfirn.admin.v1\"\x1f\n" +
 	"\tErrorKind\x12\x12\n" +
-	"\x04kind\x18\x01 \x01(\rR\x04kind\"\xc2\x02\n" +
+	"\x04kind\x18\x01 \x01(\rR\x04kind\"\xf5\x02\n" +
 	"\x06Volume\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x1d\n" +
@@ -1535,7 +1685,10 @@ const file_admin_proto_rawDesc = "" +
 	" \x01(\tR\n" +
 	"attachedTo\x12\x16\n" +
 	"\x06groups\x18\v \x03(\x04R\x06groups\x12\x18\n" +
-	"\aclients\x18\f \x01(\rR\aclients\"\x83\x01\n" +
+	"\aclients\x18\f \x01(\rR\aclients\x12\"\n" +
+	"\n" +
+	"used_bytes\x18\r \x01(\x03H\x00R\tusedBytes\x88\x01\x01B\r\n" +
+	"\v_used_bytes\"\x83\x01\n" +
 	"\x13CreateVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -1552,12 +1705,13 @@ const file_admin_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\tread_only\x18\x02 \x01(\bH\x00R\breadOnly\x88\x01\x01B\f\n" +
 	"\n" +
-	"_read_only\"`\n" +
+	"_read_only\"v\n" +
 	"\x13ResizeVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n" +
-	"\x06shrink\x18\x03 \x01(\bR\x06shrink\"D\n" +
+	"\x06shrink\x18\x03 \x01(\bR\x06shrink\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\"D\n" +
 	"\x13RenameVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\bnew_name\x18\x02 \x01(\tR\anewName\"9\n" +
@@ -1586,7 +1740,7 @@ const file_admin_proto_rawDesc = "" +
 	"live_bytes\x18\b \x01(\x03R\tliveBytes\x12\x1b\n" +
 	"\tlog_bytes\x18\t \x01(\x03R\blogBytes\x12#\n" +
 	"\rcorrupt_reads\x18\n" +
-	" \x01(\x04R\fcorruptReads\"\x94\x02\n" +
+	" \x01(\x04R\fcorruptReads\"\x82\x03\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x12\n" +
 	"\x04addr\x18\x02 \x01(\tR\x04addr\x12\x12\n" +
@@ -1596,7 +1750,11 @@ const file_admin_proto_rawDesc = "" +
 	"\breplicas\x18\x06 \x01(\rR\breplicas\x12'\n" +
 	"\x0fhalted_replicas\x18\a \x01(\rR\x0ehaltedReplicas\x12#\n" +
 	"\rhalted_reason\x18\b \x01(\tR\fhaltedReason\x12)\n" +
-	"\x10retired_replicas\x18\t \x01(\rR\x0fretiredReplicas\"\xde\x02\n" +
+	"\x10retired_replicas\x18\t \x01(\rR\x0fretiredReplicas\x12%\n" +
+	"\x0egiven_replicas\x18\n" +
+	" \x01(\rR\rgivenReplicas\x12)\n" +
+	"\x10missing_replicas\x18\v \x01(\rR\x0fmissingReplicas\x12\x1a\n" +
+	"\banswered\x18\f \x01(\bR\banswered\"\xde\x02\n" +
 	"\x06Repair\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\x04R\x05group\x12\x18\n" +
 	"\areplica\x18\x02 \x01(\x04R\areplica\x12\x12\n" +
@@ -1616,7 +1774,7 @@ const file_admin_proto_rawDesc = "" +
 	"\x10ListNodesRequest\">\n" +
 	"\x11ListNodesResponse\x12)\n" +
 	"\x05nodes\x18\x01 \x03(\v2\x13.firn.admin.v1.NodeR\x05nodes\"\x0f\n" +
-	"\rStatusRequest\"\xd7\x02\n" +
+	"\rStatusRequest\"\xf1\x03\n" +
 	"\x0eStatusResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x18\n" +
@@ -1627,7 +1785,18 @@ const file_admin_proto_rawDesc = "" +
 	"\avolumes\x18\x06 \x03(\v2\x15.firn.admin.v1.VolumeR\avolumes\x12\x16\n" +
 	"\x06groups\x18\a \x01(\rR\x06groups\x122\n" +
 	"\bproblems\x18\b \x03(\v2\x16.firn.admin.v1.ProblemR\bproblems\x12/\n" +
-	"\arepairs\x18\t \x03(\v2\x15.firn.admin.v1.RepairR\arepairs\"Q\n" +
+	"\arepairs\x18\t \x03(\v2\x15.firn.admin.v1.RepairR\arepairs\x12\x18\n" +
+	"\apartial\x18\n" +
+	" \x01(\bR\apartial\x122\n" +
+	"\bgateways\x18\v \x03(\v2\x16.firn.admin.v1.GatewayR\bgateways\x12'\n" +
+	"\x0fdegraded_groups\x18\f \x01(\rR\x0edegradedGroups\x12!\n" +
+	"\fstuck_groups\x18\r \x01(\rR\vstuckGroups\"n\n" +
+	"\aGateway\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x19\n" +
+	"\bapi_addr\x18\x02 \x01(\tR\aapiAddr\x12\x19\n" +
+	"\bnbd_addr\x18\x03 \x01(\tR\anbdAddr\x12\x1d\n" +
+	"\n" +
+	"iscsi_addr\x18\x04 \x01(\tR\tiscsiAddr\"Q\n" +
 	"\aProblem\x12\x1a\n" +
 	"\bseverity\x18\x01 \x01(\tR\bseverity\x12\x12\n" +
 	"\x04what\x18\x02 \x01(\tR\x04what\x12\x16\n" +
@@ -1662,7 +1831,7 @@ func file_admin_proto_rawDescGZIP() []byte {
 	return file_admin_proto_rawDescData
 }
 
-var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_admin_proto_goTypes = []any{
 	(*ErrorKind)(nil),            // 0: firn.admin.v1.ErrorKind
 	(*Volume)(nil),               // 1: firn.admin.v1.Volume
@@ -1684,9 +1853,10 @@ var file_admin_proto_goTypes = []any{
 	(*ListNodesResponse)(nil),    // 17: firn.admin.v1.ListNodesResponse
 	(*StatusRequest)(nil),        // 18: firn.admin.v1.StatusRequest
 	(*StatusResponse)(nil),       // 19: firn.admin.v1.StatusResponse
-	(*Problem)(nil),              // 20: firn.admin.v1.Problem
-	(*HealthRequest)(nil),        // 21: firn.admin.v1.HealthRequest
-	(*HealthResponse)(nil),       // 22: firn.admin.v1.HealthResponse
+	(*Gateway)(nil),              // 20: firn.admin.v1.Gateway
+	(*Problem)(nil),              // 21: firn.admin.v1.Problem
+	(*HealthRequest)(nil),        // 22: firn.admin.v1.HealthRequest
+	(*HealthResponse)(nil),       // 23: firn.admin.v1.HealthResponse
 }
 var file_admin_proto_depIdxs = []int32{
 	1,  // 0: firn.admin.v1.ListVolumesResponse.volumes:type_name -> firn.admin.v1.Volume
@@ -1694,36 +1864,37 @@ var file_admin_proto_depIdxs = []int32{
 	14, // 2: firn.admin.v1.ListNodesResponse.nodes:type_name -> firn.admin.v1.Node
 	14, // 3: firn.admin.v1.StatusResponse.nodes:type_name -> firn.admin.v1.Node
 	1,  // 4: firn.admin.v1.StatusResponse.volumes:type_name -> firn.admin.v1.Volume
-	20, // 5: firn.admin.v1.StatusResponse.problems:type_name -> firn.admin.v1.Problem
+	21, // 5: firn.admin.v1.StatusResponse.problems:type_name -> firn.admin.v1.Problem
 	15, // 6: firn.admin.v1.StatusResponse.repairs:type_name -> firn.admin.v1.Repair
-	20, // 7: firn.admin.v1.HealthResponse.problems:type_name -> firn.admin.v1.Problem
-	2,  // 8: firn.admin.v1.Admin.CreateVolume:input_type -> firn.admin.v1.CreateVolumeRequest
-	3,  // 9: firn.admin.v1.Admin.ListVolumes:input_type -> firn.admin.v1.ListVolumesRequest
-	5,  // 10: firn.admin.v1.Admin.ShowVolume:input_type -> firn.admin.v1.ShowVolumeRequest
-	6,  // 11: firn.admin.v1.Admin.SetVolume:input_type -> firn.admin.v1.SetVolumeRequest
-	7,  // 12: firn.admin.v1.Admin.ResizeVolume:input_type -> firn.admin.v1.ResizeVolumeRequest
-	8,  // 13: firn.admin.v1.Admin.RenameVolume:input_type -> firn.admin.v1.RenameVolumeRequest
-	9,  // 14: firn.admin.v1.Admin.RemoveVolume:input_type -> firn.admin.v1.RemoveVolumeRequest
-	11, // 15: firn.admin.v1.Admin.DetachVolume:input_type -> firn.admin.v1.DetachVolumeRequest
-	16, // 16: firn.admin.v1.Admin.ListNodes:input_type -> firn.admin.v1.ListNodesRequest
-	18, // 17: firn.admin.v1.Admin.Status:input_type -> firn.admin.v1.StatusRequest
-	21, // 18: firn.admin.v1.Admin.Health:input_type -> firn.admin.v1.HealthRequest
-	1,  // 19: firn.admin.v1.Admin.CreateVolume:output_type -> firn.admin.v1.Volume
-	4,  // 20: firn.admin.v1.Admin.ListVolumes:output_type -> firn.admin.v1.ListVolumesResponse
-	1,  // 21: firn.admin.v1.Admin.ShowVolume:output_type -> firn.admin.v1.Volume
-	1,  // 22: firn.admin.v1.Admin.SetVolume:output_type -> firn.admin.v1.Volume
-	1,  // 23: firn.admin.v1.Admin.ResizeVolume:output_type -> firn.admin.v1.Volume
-	1,  // 24: firn.admin.v1.Admin.RenameVolume:output_type -> firn.admin.v1.Volume
-	10, // 25: firn.admin.v1.Admin.RemoveVolume:output_type -> firn.admin.v1.RemoveVolumeResponse
-	12, // 26: firn.admin.v1.Admin.DetachVolume:output_type -> firn.admin.v1.DetachVolumeResponse
-	17, // 27: firn.admin.v1.Admin.ListNodes:output_type -> firn.admin.v1.ListNodesResponse
-	19, // 28: firn.admin.v1.Admin.Status:output_type -> firn.admin.v1.StatusResponse
-	22, // 29: firn.admin.v1.Admin.Health:output_type -> firn.admin.v1.HealthResponse
-	19, // [19:30] is the sub-list for method output_type
-	8,  // [8:19] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	20, // 7: firn.admin.v1.StatusResponse.gateways:type_name -> firn.admin.v1.Gateway
+	21, // 8: firn.admin.v1.HealthResponse.problems:type_name -> firn.admin.v1.Problem
+	2,  // 9: firn.admin.v1.Admin.CreateVolume:input_type -> firn.admin.v1.CreateVolumeRequest
+	3,  // 10: firn.admin.v1.Admin.ListVolumes:input_type -> firn.admin.v1.ListVolumesRequest
+	5,  // 11: firn.admin.v1.Admin.ShowVolume:input_type -> firn.admin.v1.ShowVolumeRequest
+	6,  // 12: firn.admin.v1.Admin.SetVolume:input_type -> firn.admin.v1.SetVolumeRequest
+	7,  // 13: firn.admin.v1.Admin.ResizeVolume:input_type -> firn.admin.v1.ResizeVolumeRequest
+	8,  // 14: firn.admin.v1.Admin.RenameVolume:input_type -> firn.admin.v1.RenameVolumeRequest
+	9,  // 15: firn.admin.v1.Admin.RemoveVolume:input_type -> firn.admin.v1.RemoveVolumeRequest
+	11, // 16: firn.admin.v1.Admin.DetachVolume:input_type -> firn.admin.v1.DetachVolumeRequest
+	16, // 17: firn.admin.v1.Admin.ListNodes:input_type -> firn.admin.v1.ListNodesRequest
+	18, // 18: firn.admin.v1.Admin.Status:input_type -> firn.admin.v1.StatusRequest
+	22, // 19: firn.admin.v1.Admin.Health:input_type -> firn.admin.v1.HealthRequest
+	1,  // 20: firn.admin.v1.Admin.CreateVolume:output_type -> firn.admin.v1.Volume
+	4,  // 21: firn.admin.v1.Admin.ListVolumes:output_type -> firn.admin.v1.ListVolumesResponse
+	1,  // 22: firn.admin.v1.Admin.ShowVolume:output_type -> firn.admin.v1.Volume
+	1,  // 23: firn.admin.v1.Admin.SetVolume:output_type -> firn.admin.v1.Volume
+	1,  // 24: firn.admin.v1.Admin.ResizeVolume:output_type -> firn.admin.v1.Volume
+	1,  // 25: firn.admin.v1.Admin.RenameVolume:output_type -> firn.admin.v1.Volume
+	10, // 26: firn.admin.v1.Admin.RemoveVolume:output_type -> firn.admin.v1.RemoveVolumeResponse
+	12, // 27: firn.admin.v1.Admin.DetachVolume:output_type -> firn.admin.v1.DetachVolumeResponse
+	17, // 28: firn.admin.v1.Admin.ListNodes:output_type -> firn.admin.v1.ListNodesResponse
+	19, // 29: firn.admin.v1.Admin.Status:output_type -> firn.admin.v1.StatusResponse
+	23, // 30: firn.admin.v1.Admin.Health:output_type -> firn.admin.v1.HealthResponse
+	20, // [20:31] is the sub-list for method output_type
+	9,  // [9:20] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_admin_proto_init() }
@@ -1731,6 +1902,7 @@ func file_admin_proto_init() {
 	if File_admin_proto != nil {
 		return
 	}
+	file_admin_proto_msgTypes[1].OneofWrappers = []any{}
 	file_admin_proto_msgTypes[6].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1738,7 +1910,7 @@ func file_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_admin_proto_rawDesc), len(file_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   23,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -57,7 +57,7 @@ func AcquireOwner(ctx context.Context, s Store, id block.VolumeID, o OwnerMeta, 
 			}
 			proved := old.Gateway == o.Gateway && o.Boot != "" && o.Folder != "" && old.Boot == o.Boot && old.Folder == o.Folder
 			if !proved {
-				return false, block.Errorf(block.Busy, "volume %q is attached to gateway %q at %s", v.Name, old.Gateway, old.Addr)
+				return false, block.Errorf(block.Busy, "volume %q is attached to gateway %q at %s: disconnect its clients, or end that with `firn detach %s`", v.Name, old.Gateway, old.Addr, v.Name)
 			}
 		}
 		v.Epoch++

@@ -207,7 +207,7 @@ func checkOwner(v VolumeMeta, kv KV, by block.Nonce) error {
 		return err
 	}
 	if by == 0 {
-		return block.Errorf(block.Busy, "volume %q is attached to gateway %q at %s", v.Name, o.Gateway, o.Addr)
+		return block.Errorf(block.Busy, "volume %q is attached to gateway %q at %s: disconnect its clients, or end that with `firn detach %s`", v.Name, o.Gateway, o.Addr, v.Name)
 	}
 	if o.Nonce != by {
 		return block.Errorf(block.Fenced, "volume %q was taken by gateway %q", v.Name, o.Gateway)

@@ -115,14 +115,14 @@ func checkName(what, name string, limit int) error {
 		return bad("it has %d characters", len(name))
 	}
 	alnum := func(c byte) bool { return c >= 'a' && c <= 'z' || c >= '0' && c <= '9' }
-	for i := range len(name) {
+	for i, letter := range name {
 		c := name[i]
 		switch {
 		case alnum(c):
 		case c >= 'A' && c <= 'Z':
 			return bad("upper case is not allowed")
 		case c != '-' && c != '.':
-			return bad("%q is not allowed", rune(c))
+			return bad("%q is not allowed", letter)
 		case i == 0 || i == len(name)-1:
 			return bad("it must begin and end with a letter or a digit")
 		case c == '.' && !(alnum(name[i-1]) && alnum(name[i+1])), c == '-' && name[i-1] == '.':

@@ -43,6 +43,7 @@ type Session struct {
 	running bool
 	busy    bool // a call is in flight
 	failing bool // the last call was not answered
+	problem error
 	timer   loop.Timer
 }
 
@@ -75,6 +76,9 @@ func (s *Session) Valid() bool { return s.loop.Now() < s.ValidUntil() }
 // Failing tells whether the store did not answer the session's last call: what
 // is asked of it now will most likely have to wait.
 func (s *Session) Failing() bool { return s.failing }
+
+// Problem is the error of the last call that was not answered, while Failing.
+func (s *Session) Problem() error { return s.problem }
 
 // Stop ends the session and revokes its lease; done is called when the store
 // has answered, or after an error, with which the lease ends by itself. A store
@@ -118,7 +122,7 @@ func (s *Session) grant() {
 	var id LeaseID
 	var err error
 	s.loop.Do(loop.Meta, func() { id, err = s.store.Grant(s.ctx, s.ttl) }, func() {
-		s.busy, s.failing = false, err != nil
+		s.busy, s.failing, s.problem = false, err != nil, err
 		switch {
 		case err != nil:
 			s.later(s.ttl / 6)
@@ -136,7 +140,7 @@ func (s *Session) keepAlive() {
 	sent, id := s.loop.Now(), s.lease
 	var err error
 	s.loop.Do(loop.Meta, func() { err = s.store.KeepAlive(s.ctx, id) }, func() {
-		s.busy, s.failing = false, err != nil && block.KindOf(err) != block.NotFound
+		s.busy, s.failing, s.problem = false, err != nil && block.KindOf(err) != block.NotFound, err
 		switch {
 		case !s.running:
 		case err == nil:

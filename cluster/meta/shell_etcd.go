@@ -103,6 +103,9 @@ func (e *Etcd) fail(outer context.Context, err error, what string) error {
 	case errors.Is(err, rpctypes.ErrPermissionDenied), errors.Is(err, rpctypes.ErrAuthFailed), errors.Is(err, rpctypes.ErrUserEmpty):
 		return block.Wrap(block.Denied, err, "%s: etcd at %s", what, e.names)
 	}
+	if errors.Is(err, context.DeadlineExceeded) {
+		return block.Errorf(block.Unavailable, "%s: etcd at %s does not answer in time; start it, or look at the network to it: what is attached goes on, the rest waits for it", what, e.names)
+	}
 	return block.Wrap(block.Unavailable, err, "%s: etcd at %s does not answer", what, e.names)
 }
 

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"firn.io/firn/cluster/wire"
+	"firn.io/firn/internal/block"
 )
 
 // health is what a gateway is told that asks how this node is.
@@ -33,7 +34,34 @@ func (n *Node) health() wire.NodeHealth {
 			}
 		}
 	}
+	n.served(&h)
 	return h
+}
+
+// served adds which replicas take part in their groups, which do not that
+// should, and what the volumes use in the groups that are led here.
+func (n *Node) served(h *wire.NodeHealth) {
+	given, missing := n.orders.given()
+	h.Given, h.Missing = uint32(given), uint32(missing)
+	used := map[block.VolumeID]int{}
+	for _, rep := range n.sorted() {
+		if rep.group == nil || rep.trouble() != nil {
+			continue
+		}
+		leader, _, known := rep.group.Leader()
+		h.Served = append(h.Served, wire.ServedReplica{Group: rep.key.Group, Replica: rep.key.Replica, Follows: known && leader != 0, Leads: rep.group.Leading()})
+		if !rep.group.Leading() {
+			continue
+		}
+		for _, v := range rep.state.Volumes() {
+			i, ok := used[v]
+			if !ok {
+				i = len(h.Used)
+				used[v], h.Used = i, append(h.Used, wire.VolumeUsage{Volume: v})
+			}
+			h.Used[i].Bytes += rep.state.Usage(v)
+		}
+	}
 }
 
 func (d *disk) health() wire.DiskHealth {

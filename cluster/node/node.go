@@ -240,7 +240,7 @@ func (n *Node) Start() error {
 	}
 	n.session = meta.NewSession(n.loop, n.cfg.Meta, meta.NodeTTL, n.register.granted, nil)
 	n.nodes = meta.NewMirror(n.loop, n.cfg.Meta, meta.NodesPrefix, n.peers.changed, nil)
-	n.groups = meta.NewMirror(n.loop, n.cfg.Meta, meta.GroupsPrefix, n.orders.changed, nil)
+	n.groups = meta.NewMirror(n.loop, n.cfg.Meta, meta.GroupsPrefix, n.orders.changed, n.orders.synced)
 	n.session.Start(n.ctx)
 	n.nodes.Start(n.ctx)
 	n.groups.Start(n.ctx)

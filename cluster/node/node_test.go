@@ -55,6 +55,7 @@ type lab struct {
 	age      time.Duration // of what is not checkpointed
 	// logBytes and copyBytes are node.Pace's LogBytes and CopyBytes.
 	logBytes, copyBytes int64
+	logf                func(format string, args ...any) // besides the test's log; optional
 }
 
 func newLab(t *testing.T, nodes int) *lab {
@@ -116,7 +117,12 @@ func (m *machine) tryStart() error {
 		NewDiskID:   func() block.DiskID { return block.NewUUID() },
 		Pace: node.Pace{SegmentBytes: 4 << 20, CheckpointAge: m.lab.age, Upkeep: 20 * time.Millisecond,
 			LogBytes: m.lab.logBytes, CopyBytes: m.lab.copyBytes},
-		Logf: func(format string, args ...any) { m.t.Logf(addr+": "+format, args...) },
+		Logf: func(format string, args ...any) {
+			m.t.Logf(addr+": "+format, args...)
+			if m.lab.logf != nil {
+				m.lab.logf(format, args...)
+			}
+		},
 	})
 	if err != nil {
 		m.loop.Stop()

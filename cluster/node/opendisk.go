@@ -85,7 +85,7 @@ func (d *disk) identify() error {
 	case sb.Cluster != n.cfg.Cluster:
 		return block.Errorf(block.Denied, "%s is a disk of cluster %v, this is cluster %v: give another folder, or the right metadata store", dir, sb.Cluster, n.cfg.Cluster)
 	case sb.Node != n.cfg.ID:
-		return block.Errorf(block.Denied, "%s is a disk of node %d, this is node %d: give another folder, or the right --id", dir, sb.Node, n.cfg.ID)
+		return block.Errorf(block.Denied, "%s is a disk of node %d, this is node %d: start it with --id %d, or give this node another folder with --disk; a folder that never held data of the cluster can be emptied and used", dir, sb.Node, n.cfg.ID, sb.Node)
 	}
 	d.sb, d.id = sb, sb.Disk
 	if err := seglog.Remember(fs, dir, sb); err != nil {

@@ -34,6 +34,8 @@ type orders struct {
 	node   *Node
 	groups map[block.GroupID]meta.GroupMeta
 	busy   map[block.GroupID]bool // an order is being carried out
+	// told is how many missing replicas the log has told of.
+	told int
 }
 
 func newOrders(n *Node) *orders {

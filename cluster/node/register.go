@@ -60,13 +60,16 @@ func (r *registration) update() {
 		if n.stopping {
 			return
 		}
-		r.problem = err
 		if err != nil {
-			n.logf("register node %d: %v", n.cfg.ID, err)
+			if r.problem == nil || r.problem.Error() != err.Error() {
+				n.logf("register node %d, again until it works: %v", n.cfg.ID, err)
+			}
+			r.problem = err
 			n.loop.After(metaRetry, r.update)
 			return
 		}
-		r.done = true
+		r.problem, r.done = nil, true
+		n.orders.synced()
 		for _, dm := range stands.Disks {
 			if d := n.diskOf(dm.ID); d != nil && dm.Failed && d.failed == nil {
 				d.fail(block.Errorf(block.Unavailable, "the metadata store holds disk %v as failed: replace it", d.id))

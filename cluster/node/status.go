@@ -98,9 +98,13 @@ type Status struct {
 	Replicas []ReplicaStatus // in the order of groups
 	// Retired is how many replicas are here besides: replaced ones whose data is
 	// still to be removed, and new ones that wait for the end of an older one.
-	Retired  int
-	Counters Counters
-	Raft     raftgroup.Counters
+	Retired int
+	// Given is how many replicas the metadata store gives the node, and Missing how
+	// many of them are not on its usable disks; GivenKnown that the store was asked.
+	Given, Missing int
+	GivenKnown     bool
+	Counters       Counters
+	Raft           raftgroup.Counters
 }
 
 // Leading returns the number of groups that the node leads.
@@ -118,8 +122,9 @@ func (s *Status) Leading() int {
 func (n *Node) Status() Status {
 	s := Status{ID: n.cfg.ID, Addr: n.addr, Zone: n.cfg.Zone, Stopping: n.stopping, Registered: n.register.done, Retired: len(n.retired), Counters: n.counters}
 	if n.host != nil {
-		s.Lease, s.Raft = n.session.Valid(), n.host.Counters()
+		s.Lease, s.Raft, s.GivenKnown = n.session.Valid(), n.host.Counters(), n.groups.Ready()
 	}
+	s.Given, s.Missing = n.orders.given()
 	for _, d := range n.disks {
 		s.Disks = append(s.Disks, d.status())
 	}
@@ -132,16 +137,32 @@ func (n *Node) Status() Status {
 // Ready tells whether the node is registered, holds its lease and has opened
 // every replica on its usable disks but those that are filled from others or
 // have halted: Status tells of these.
-func (n *Node) Ready() bool {
-	if n.stopping || !n.register.done || !n.session.Valid() {
-		return false
+func (n *Node) Ready() bool { return n.Unready() == nil }
+
+// Unready is why the node is not Ready, or nil. Kind Unavailable; Busy if another
+// process is this node.
+func (n *Node) Unready() error {
+	switch {
+	case n.stopping || n.session == nil:
+		return block.Errorf(block.Unavailable, "it is not running")
+	case n.register.done && n.session.Valid():
+	case n.session.Failing():
+		return block.Wrap(block.Unavailable, n.session.Problem(), "it has no lease")
+	case n.register.problem != nil:
+		return block.Wrap(block.KindOf(n.register.problem), n.register.problem, "it is not registered")
+	default:
+		return block.Errorf(block.Unavailable, "it is not registered yet")
 	}
+	opening := 0
 	for _, rep := range n.replicas {
 		if rep.group == nil && rep.halted == nil && rep.disk.failed == nil && n.installs.all[rep.key.Group] == nil {
-			return false
+			opening++
 		}
 	}
-	return true
+	if opening > 0 {
+		return block.Errorf(block.Unavailable, "%d of %d replicas are still being opened", opening, len(n.replicas))
+	}
+	return nil
 }
 
 // Leads tells whether this node leads the group, as far as it knows.

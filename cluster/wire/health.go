@@ -6,10 +6,13 @@ import (
 
 // Limits of a health report.
 const (
-	MaxHealthDisks  = 256
-	MaxHealthCopies = 256
-	MaxHealthBytes  = 512 << 10
-	healthVersion   = 2 // 1: without retired replicas and copies
+	MaxHealthDisks    = 256
+	MaxHealthCopies   = 256
+	MaxHealthReplicas = 8192
+	MaxHealthVolumes  = 2048
+	MaxHealthBytes    = 512 << 10
+	// 1: without retired replicas and copies; 2: without what is served and used.
+	healthVersion = 3
 )
 
 // DiskState says what a disk does with new writes. Values travel; they rise
@@ -73,6 +76,26 @@ type CopyHealth struct {
 	LeftSeconds uint32
 }
 
+// ServedReplica is a replica that votes in its group.
+type ServedReplica struct {
+	Group   block.GroupID
+	Replica block.ReplicaID
+	// Follows says that it knows the group's leader, or is it: then also Leads.
+	Follows, Leads bool
+}
+
+const (
+	servedFollows = 1 << iota
+	servedLeads
+	knownServed = servedFollows | servedLeads
+)
+
+// VolumeUsage is how many bytes of a volume the groups hold that the node leads.
+type VolumeUsage struct {
+	Volume block.VolumeID
+	Bytes  int64
+}
+
 // NodeHealth is a node's answer to ReqHealth.
 type NodeHealth struct {
 	Disks []DiskHealth
@@ -84,10 +107,17 @@ type NodeHealth struct {
 	Retired uint32
 	// Copies are those that are filled, and wait for it.
 	Copies []CopyHealth
+	// Given is how many replicas the metadata store gives the node, as far as the
+	// node knows, and Missing how many of them are not on its disks.
+	Given, Missing uint32
+	// Served are those that take part in their groups.
+	Served []ServedReplica
+	// Used is by volume.
+	Used []VolumeUsage
 }
 
-// AppendHealth appends the encoded report to dst: at most MaxHealthDisks disks
-// and MaxHealthCopies copies.
+// AppendHealth appends the encoded report to dst: at most MaxHealthDisks disks,
+// MaxHealthCopies copies, MaxHealthReplicas served ones and MaxHealthVolumes usages.
 func AppendHealth(dst []byte, h *NodeHealth) []byte {
 	disks := h.Disks[:min(len(h.Disks), MaxHealthDisks)]
 	dst = append(dst, healthVersion)
@@ -116,6 +146,28 @@ func AppendHealth(dst []byte, h *NodeHealth) []byte {
 		for _, n := range [...]uint32{uint32(c.From), c.Done, c.Total, c.LeftSeconds} {
 			dst = appendU32(dst, n)
 		}
+	}
+	dst = appendU32(dst, h.Given)
+	dst = appendU32(dst, h.Missing)
+	served := h.Served[:min(len(h.Served), MaxHealthReplicas)]
+	dst = appendU16(dst, uint16(len(served)))
+	for _, s := range served {
+		dst = appendU64(dst, uint64(s.Group))
+		dst = appendU64(dst, uint64(s.Replica))
+		flags := byte(0)
+		if s.Follows {
+			flags |= servedFollows
+		}
+		if s.Leads {
+			flags |= servedLeads
+		}
+		dst = append(dst, flags)
+	}
+	used := h.Used[:min(len(h.Used), MaxHealthVolumes)]
+	dst = appendU16(dst, uint16(len(used)))
+	for i := range used {
+		dst = append(dst, used[i].Volume[:]...)
+		dst = appendU64(dst, uint64(used[i].Bytes))
 	}
 	return dst
 }
@@ -167,7 +219,45 @@ func DecodeHealth(data []byte) (h NodeHealth, err error) {
 		}
 		h.Copies = append(h.Copies, c)
 	}
+	h.Given, h.Missing = r.u32(), r.u32()
+	if err := r.served(&h); err != nil {
+		return h, err
+	}
 	return h, r.end("health report")
+}
+
+// served reads what is served and used.
+func (r *reader) served(h *NodeHealth) error {
+	n := int(r.u16())
+	if n > MaxHealthReplicas {
+		return block.Errorf(block.Invalid, "health report of %d replicas", n)
+	}
+	for range n {
+		s := ServedReplica{Group: block.GroupID(r.u64()), Replica: block.ReplicaID(r.u64())}
+		flags := r.u8()
+		if flags&^knownServed != 0 {
+			return block.Errorf(block.Invalid, "health report of a replica with flags %#x", flags)
+		}
+		s.Follows, s.Leads = flags&servedFollows != 0, flags&servedLeads != 0
+		if r.short {
+			return nil
+		}
+		h.Served = append(h.Served, s)
+	}
+	if n = int(r.u16()); n > MaxHealthVolumes {
+		return block.Errorf(block.Invalid, "health report of %d volumes", n)
+	}
+	for range n {
+		u := VolumeUsage{Volume: block.VolumeID(r.uuid()), Bytes: int64(r.u64())}
+		if u.Bytes < 0 {
+			return block.Errorf(block.Invalid, "health report of a volume with %d bytes", u.Bytes)
+		}
+		if r.short {
+			return nil
+		}
+		h.Used = append(h.Used, u)
+	}
+	return nil
 }
 
 // text reads a text of at most maxTextBytes.

@@ -16,7 +16,8 @@ func someHealth() NodeHealth {
 	}, Retired: 2, Copies: []CopyHealth{
 		{Group: 3, Replica: 5, From: 2, Done: 10, Total: 40, Bytes: 7 << 20, TotalBytes: 28 << 20, LeftSeconds: 12},
 		{Group: 4, Replica: 6},
-	}}
+	}, Given: 18, Missing: 2, Served: []ServedReplica{{Group: 3, Replica: 1, Follows: true, Leads: true}, {Group: 9, Replica: 2}},
+		Used: []VolumeUsage{{Volume: block.VolumeID{7}, Bytes: 1 << 40}}}
 }
 
 func TestHealth(t *testing.T) {
@@ -35,12 +36,14 @@ func TestHealth(t *testing.T) {
 		}
 	}
 	// What is too much is left out, and what remains decodes.
-	large := NodeHealth{Disks: make([]DiskHealth, 2*MaxHealthDisks), Copies: make([]CopyHealth, 2*MaxHealthCopies)}
+	large := NodeHealth{Disks: make([]DiskHealth, 2*MaxHealthDisks), Copies: make([]CopyHealth, 2*MaxHealthCopies),
+		Served: make([]ServedReplica, 2*MaxHealthReplicas), Used: make([]VolumeUsage, 2*MaxHealthVolumes)}
 	for i := range large.Disks {
 		large.Disks[i].Reason = strings.Repeat("x", 2*maxTextBytes)
 	}
 	data = AppendHealth(nil, &large)
-	if got, err := DecodeHealth(data); err != nil || len(got.Disks) != MaxHealthDisks || len(got.Copies) != MaxHealthCopies || len(data) > MaxHealthBytes {
+	if got, err := DecodeHealth(data); err != nil || len(got.Disks) != MaxHealthDisks || len(got.Copies) != MaxHealthCopies ||
+		len(got.Served) != MaxHealthReplicas || len(got.Used) != MaxHealthVolumes || len(data) > MaxHealthBytes {
 		t.Fatalf("%d disks in %d bytes, %v", len(got.Disks), len(data), err)
 	}
 	resp := Response{ID: 7, Status: StatusOK, Health: AppendHealth(nil, &want)}

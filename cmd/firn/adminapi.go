@@ -53,12 +53,19 @@ func (a adminAPI) CreateVolume(ctx context.Context, r *clusterpb.CreateVolumeReq
 // ListVolumes implements clusterpb.AdminServer.
 func (a adminAPI) ListVolumes(ctx context.Context, _ *clusterpb.ListVolumesRequest) (*clusterpb.ListVolumesResponse, error) {
 	volumes, err := a.volumes(ctx)
+	if err == nil {
+		err = a.measure(ctx, volumes...)
+	}
 	return &clusterpb.ListVolumesResponse{Volumes: volumes}, err
 }
 
 // ShowVolume implements clusterpb.AdminServer.
 func (a adminAPI) ShowVolume(ctx context.Context, r *clusterpb.ShowVolumeRequest) (*clusterpb.Volume, error) {
-	return a.one(ctx)(meta.FindVolume(ctx, a.store, r.Name))
+	v, err := a.one(ctx)(meta.FindVolume(ctx, a.store, r.Name))
+	if err == nil {
+		err = a.measure(ctx, v)
+	}
+	return v, err
 }
 
 // SetVolume implements clusterpb.AdminServer.
@@ -74,7 +81,28 @@ func (a adminAPI) ResizeVolume(ctx context.Context, r *clusterpb.ResizeVolumeReq
 	if r.SizeBytes <= 0 {
 		return nil, block.Errorf(block.Invalid, "size %d: it must be above 0", r.SizeBytes)
 	}
+	if r.Shrink && !r.Force {
+		if err := a.shrinkable(ctx, r.Name, r.SizeBytes); err != nil {
+			return nil, err
+		}
+	}
 	return a.one(ctx)(a.change(ctx, r.Name, cluster.Settings{SizeBytes: r.SizeBytes, Shrink: r.Shrink}))
+}
+
+// shrinkable refuses to take bytes away under clients: their file systems reach
+// beyond the new end.
+func (a adminAPI) shrinkable(ctx context.Context, name string, bytes int64) error {
+	v, err := meta.FindVolume(ctx, a.store, name)
+	if err != nil || bytes >= v.SizeBytes {
+		return err
+	}
+	for _, o := range a.gateway.Volumes() {
+		if o.Geometry.ID == v.ID && o.Clients > 0 {
+			return block.Errorf(block.Busy, "volume %q has %d %s at gateway %s, and shrinking loses what lies beyond the new end under them: disconnect them first, or shrink with --force",
+				v.Name, o.Clients, plural(o.Clients, "client"), a.id)
+		}
+	}
+	return nil
 }
 
 // RenameVolume implements clusterpb.AdminServer.
@@ -114,6 +142,9 @@ func (a adminAPI) RemoveVolume(ctx context.Context, r *clusterpb.RemoveVolumeReq
 // ListNodes implements clusterpb.AdminServer.
 func (a adminAPI) ListNodes(ctx context.Context, _ *clusterpb.ListNodesRequest) (*clusterpb.ListNodesResponse, error) {
 	nodes, err := a.nodes(ctx)
+	if err == nil {
+		a.addHealth(ctx, nodes)
+	}
 	return &clusterpb.ListNodesResponse{Nodes: nodes}, err
 }
 
@@ -129,11 +160,7 @@ func (a adminAPI) Health(ctx context.Context, _ *clusterpb.HealthRequest) (*clus
 	if err != nil {
 		return nil, err
 	}
-	h := &clusterpb.HealthResponse{Healthy: true, Problems: s.Problems}
-	for _, p := range s.Problems {
-		h.Healthy = h.Healthy && p.Severity != "error"
-	}
-	return h, nil
+	return &clusterpb.HealthResponse{Healthy: judge(s.Problems).Healthy, Problems: s.Problems}, nil
 }
 
 // change changes settings of a volume through its owner (F8): this gateway, which
@@ -196,6 +223,26 @@ func (s *served) volumes(ctx context.Context) ([]*clusterpb.Volume, error) {
 	return out, nil
 }
 
+// measure adds what volumes use, as far as the nodes tell.
+func (s *served) measure(ctx context.Context, volumes ...*clusterpb.Volume) error {
+	nodes, err := s.nodes(ctx)
+	if err != nil {
+		return err
+	}
+	w := s.addHealth(ctx, nodes)
+	w.addUsage(volumes...)
+	return nil
+}
+
+// gateways are those that hold their leases.
+func (s *served) gateways(ctx context.Context) (out []*clusterpb.Gateway, err error) {
+	all, err := meta.ListGateways(ctx, s.store)
+	for _, g := range all {
+		out = append(out, &clusterpb.Gateway{Id: g.ID, ApiAddr: g.Addr, NbdAddr: g.NBD, IscsiAddr: g.ISCSI})
+	}
+	return out, err
+}
+
 func (s *served) nodes(ctx context.Context) ([]*clusterpb.Node, error) {
 	all, err := meta.ListNodes(ctx, s.store)
 	if err != nil {
@@ -229,6 +276,7 @@ func (s *served) status(ctx context.Context) (*clusterpb.StatusResponse, error) 
 		return st, err
 	}
 	st = s.statusHere()
+	st.Partial = true
 	st.Problems = append(st.Problems, &clusterpb.Problem{
 		Severity: "error", What: err.Error(), Remedy: "attached volumes go on; attaching and changing volumes waits until etcd answers",
 	})
@@ -254,17 +302,23 @@ func (s *served) statusOfCluster(ctx context.Context) (*clusterpb.StatusResponse
 	if st.Nodes, err = s.nodes(ctx); err != nil {
 		return nil, err
 	}
-	unwell, copies := s.addHealth(ctx, st.Nodes)
+	w := s.addHealth(ctx, st.Nodes)
 	if st.Volumes, err = s.volumes(ctx); err != nil {
+		return nil, err
+	}
+	w.addUsage(st.Volumes...)
+	if st.Gateways, err = s.gateways(ctx); err != nil {
 		return nil, err
 	}
 	groups, err := meta.ListGroups(ctx, s.store)
 	if err != nil {
 		return nil, err
 	}
-	st.Groups, st.Repairs = uint32(len(groups)), repairsOf(groups, copies)
-	st.Problems = append(nodeProblems(st.Nodes), groupProblems(groups, st.Nodes)...)
-	st.Problems = append(st.Problems, unwell...)
+	st.Groups, st.Repairs = uint32(len(groups)), repairsOf(groups, w.copies)
+	c := w.served.condition(groups)
+	st.DegradedGroups, st.StuckGroups = uint32(len(c.degraded)), uint32(len(c.stuck))
+	st.Problems = append(nodeProblems(st.Nodes), groupProblems(groups, st.Nodes, w.served)...)
+	st.Problems = append(st.Problems, w.problems...)
 	return st, nil
 }
 

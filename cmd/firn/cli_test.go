@@ -109,6 +109,8 @@ func TestBadConfiguration(t *testing.T) {
 		"nbd-test: {a: b}":  "neither a plain value nor a list",
 		"json: perhaps":     "perhaps",
 		"nbd-test: [":       "yaml",
+		"[a, b]":            "no map of flag names",
+		"just words":        "no map of flag names",
 		"entry: [[1], [2]]": "", // lists of one are plain
 	} {
 		file := filepath.Join(t.TempDir(), "firn.yaml")
@@ -136,6 +138,20 @@ func TestCommandLineErrors(t *testing.T) {
 	}{
 		{"--nonsense", 2, "unknown flag"},
 		{"nonsense", 2, "unknown command"},
+		{"volume create x", 2, "it takes 2 arguments, 1 was given"},
+		{"volume set x", 2, "it takes at least 2 arguments, 1 was given"},
+		{"volume create x 1G --replicas 0", 2, "use 1, 3 or 5"},
+		{"volume create x 1G --replicas many", 2, "a whole number is needed"},
+		{"volume ls --timeout 5", 2, "write it as 30s"},
+		{"up --nodes 99999999999999999999", 2, "out of range"},
+		{"up --volume a=1G --volume a=2G", 2, "asked for twice"},
+		{"up --volume ä=1G", 2, "'ä' is not allowed"},
+		{"up --nbd 10809", 2, "HOST:PORT, such as 127.0.0.1:10809"},
+		{"up --api nowhere", 2, "HOST:PORT"},
+		{"up --http localhost:http2", 2, "is no port"},
+		{"node --id 1 --disk d --etcd foo", 2, "--etcd foo: write it as http://HOST:2379"},
+		{"node --id 1 --disk d --etcd ftp://a:1", 2, "http://HOST:2379"},
+		{"gateway --id g --data d --etcd http://a", 2, "with the port"},
 		{"volume nonsense", 2, "unknown command"},
 		{"volume create", 2, "usage: firn volume create NAME SIZE"},
 		{"volume create x 10Q", 2, "is not a size"},
@@ -145,7 +161,7 @@ func TestCommandLineErrors(t *testing.T) {
 		{"volume ls --tls-cert x", 2, "belong together"},
 		{"up --volume demo=0", 2, "--volume demo=0: size 0"},
 		{"up --data cli_test.go", 2, "that is a file"},
-		{"node --id 1 --disk d=3Q --etcd e", 2, "--disk d=3Q"},
+		{"node --id 1 --disk d=3Q --etcd http://e:1", 2, "--disk d=3Q"},
 		{"gateway --id g --data d --etcd", 2, "needs an argument"},
 	} {
 		var out, errs bytes.Buffer
@@ -204,5 +220,35 @@ func TestOpenErrorNamesItsCause(t *testing.T) {
 		if exitCode(got) != c.exit || !strings.Contains(got.Error(), c.text) {
 			t.Errorf("%v: exit %d, %v; want %d and %q", c.err, exitCode(got), got, c.exit, c.text)
 		}
+	}
+}
+
+// TestRefusedUpLeavesNothing: what is wrong with the ports is known before a new
+// folder is made.
+func TestRefusedUpLeavesNothing(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	dir := filepath.Join(t.TempDir(), "new")
+	var out, errs bytes.Buffer
+	con := &console{in: strings.NewReader(""), out: &out, err: &errs}
+	code := run(t.Context(), con, func(string) (string, bool) { return "", false },
+		[]string{"up", "--data", dir, "--nbd", taken.Addr().String(), "--api", "127.0.0.1:0", "--http", ""})
+	if code != 5 || !strings.Contains(errs.String(), "--nbd") {
+		t.Errorf("exit %d, %s", code, errs.String())
+	}
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("the refused start left %s: %v", dir, err)
+	}
+}
+
+// TestVersionNamesTheCommit that the linker was told, where the build does not.
+func TestVersionNamesTheCommit(t *testing.T) {
+	was := revision
+	defer func() { revision = was }()
+	if revision = "0123456789ab"; version() == "devel" {
+		t.Error("the version names no commit")
 	}
 }

@@ -43,8 +43,12 @@ func configure(cmd *cobra.Command, lookup func(string) (string, bool)) error {
 		if err != nil {
 			return block.Wrap(block.Invalid, err, "read the configuration")
 		}
-		if err := yaml.Unmarshal(text, &file); err != nil {
+		var shape yaml.Node
+		if err := yaml.Unmarshal(text, &shape); err != nil {
 			return block.Wrap(block.Invalid, err, "configuration %s", path)
+		}
+		if err := shape.Decode(&file); err != nil && !shape.IsZero() {
+			return block.Errorf(block.Invalid, "configuration %s: it is no map of flag names, such as `nbd: 127.0.0.1:10809`, one a line", path)
 		}
 		known := map[string]bool{}
 		collectFlags(cmd.Root(), known)
@@ -121,7 +125,7 @@ func setFlag(cmd *cobra.Command, f *pflag.Flag, values []string, from string) er
 		return nil
 	}
 	if err := cmd.Flags().Set(f.Name, strings.Join(values, ",")); err != nil {
-		return block.Wrap(block.Invalid, err, "%s", from)
+		return block.Errorf(block.Invalid, "%s: %s", from, human(err))
 	}
 	return nil
 }

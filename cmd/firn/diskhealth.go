@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"sync"
 
 	"firn.io/firn/cluster/clusterpb"
 	"firn.io/firn/cluster/wire"
@@ -15,53 +14,89 @@ import (
 const watermarks = "fill: garbage is collected first from 75%, writes are slowed from 85%, refused from 90%; reads and trims go on"
 
 func viewDisk(d *clusterpb.Disk) diskView {
-	v := diskView{ID: d.Id, CapacityBytes: d.CapacityBytes, Failed: d.Failed, State: d.State, Reason: d.Reason, RoomBytes: d.RoomBytes,
-		TakenBytes: d.TakenBytes, LiveBytes: d.LiveBytes, LogBytes: d.LogBytes, CorruptReads: d.CorruptReads}
+	v := diskView{ID: d.Id, CapacityBytes: d.CapacityBytes, Failed: d.Failed, State: d.State, Reason: d.Reason}
 	if v.State == "" {
 		v.State = "unknown"
+		return v
 	}
+	v.diskFill = &diskFill{RoomBytes: d.RoomBytes, TakenBytes: d.TakenBytes, LiveBytes: d.LiveBytes, LogBytes: d.LogBytes, CorruptReads: d.CorruptReads}
 	if d.RoomBytes > 0 {
 		v.FillPercent = 100 * float64(d.TakenBytes) / float64(d.RoomBytes)
 	}
 	return v
 }
 
-// addHealth asks the nodes that live how they are, all at once, and adds what
-// they say to their disks. It returns what a person should know of it, and the
-// replicas that are filled on each node.
-func (s *served) addHealth(ctx context.Context, nodes []*clusterpb.Node) (problems []*clusterpb.Problem, copies map[uint32][]wire.CopyHealth) {
-	copies = map[uint32][]wire.CopyHealth{}
-	answers := make([]wire.NodeHealth, len(nodes))
-	errs := make([]error, len(nodes))
-	var wait sync.WaitGroup
+// wellness is what the nodes say of themselves.
+type wellness struct {
+	served servedReplicas
+	copies map[uint32][]wire.CopyHealth
+	// used is what the groups in led hold of the volumes, in bytes.
+	used     map[block.VolumeID]int64
+	led      map[block.GroupID]bool
+	problems []*clusterpb.Problem
+}
+
+// addHealth asks the nodes how they are, and adds what they say to their disks.
+// One that answers lives, also without a lease: etcd may have been away.
+func (s *served) addHealth(ctx context.Context, nodes []*clusterpb.Node) wellness {
+	w := wellness{served: newServed(), copies: map[uint32][]wire.CopyHealth{}, used: map[block.VolumeID]int64{}, led: map[block.GroupID]bool{}}
+	ids := make([]block.NodeID, len(nodes))
 	for i, n := range nodes {
-		if n.Alive {
-			wait.Go(func() {
-				answers[i], errs[i] = call(ctx, s.loop, func(done func(wire.NodeHealth, error)) {
-					s.catalog.client.NodeHealth(ctx, block.NodeID(n.Id), done)
-				}, nil)
-			})
-		}
+		ids[i] = block.NodeID(n.Id)
 	}
-	wait.Wait()
+	answers, errs := s.askNodes(ctx, ids)
 	for i, n := range nodes {
 		switch {
-		case !n.Alive:
-		case errs[i] != nil:
-			problems = append(problems, &clusterpb.Problem{Severity: "warning", What: fmt.Sprintf("node %d does not tell how it is: %v", n.Id, errs[i]),
-				Remedy: "if it stays so, look at its log and at the network between it and this gateway"})
-		default:
-			takeHealth(n, &answers[i])
-			copies[n.Id] = answers[i].Copies
-			problems = append(problems, healthProblems(n)...)
+		case errs[i] == nil && !n.Alive:
+			n.Alive = true
+			w.problems = append(w.problems, &clusterpb.Problem{Severity: "warning", What: fmt.Sprintf("node %d answers, and has no lease from etcd", n.Id),
+				Remedy: "it registers again by itself within seconds; if it stays so, look at its log and at its way to etcd"})
+		case errs[i] != nil && n.Alive:
+			w.problems = append(w.problems, &clusterpb.Problem{Severity: "warning", What: errs[i].Error(),
+				Remedy: "if it stays so, look at the node's log and at the network between it and this gateway"})
+		}
+		w.served.alive[ids[i]] = n.Alive
+		if errs[i] == nil {
+			w.take(n, &answers[i])
 		}
 	}
-	return problems, copies
+	return w
+}
+
+func (w *wellness) take(n *clusterpb.Node, h *wire.NodeHealth) {
+	takeHealth(n, h)
+	w.served.tell(block.NodeID(n.Id), h)
+	w.copies[n.Id] = h.Copies
+	for _, r := range h.Served {
+		if r.Leads && len(h.Used) < wire.MaxHealthVolumes {
+			w.led[r.Group] = true
+		}
+	}
+	for _, u := range h.Used {
+		w.used[u.Volume] += u.Bytes
+	}
+	w.problems = append(w.problems, healthProblems(n)...)
+}
+
+// addUsage adds what volumes use, if all of their groups have told.
+func (w *wellness) addUsage(volumes ...*clusterpb.Volume) {
+	for _, v := range volumes {
+		id, err := block.ParseUUID(v.Id)
+		known := err == nil && len(v.Groups) > 0
+		for _, g := range v.Groups {
+			known = known && w.led[block.GroupID(g)]
+		}
+		if known {
+			used := w.used[block.VolumeID(id)]
+			v.UsedBytes = &used
+		}
+	}
 }
 
 // takeHealth adds what a node says of itself to what etcd knows of it.
 func takeHealth(n *clusterpb.Node, h *wire.NodeHealth) {
 	n.Replicas, n.HaltedReplicas, n.HaltedReason, n.RetiredReplicas = h.Replicas, h.Halted, h.HaltedReason, h.Retired
+	n.GivenReplicas, n.MissingReplicas, n.Answered = h.Given, h.Missing, true
 	for i := range h.Disks {
 		d := &h.Disks[i]
 		id := d.Disk.String()
@@ -84,6 +119,9 @@ func takeHealth(n *clusterpb.Node, h *wire.NodeHealth) {
 	}
 }
 
+// moreRoom names how a disk gets it.
+const moreRoom = "--disk DIR=SIZE of `firn node`, --capacity of `firn up`, a larger file system"
+
 // healthProblems tells of disks that hold up writes or have lost something, and
 // of replicas that stand still.
 func healthProblems(n *clusterpb.Node) (out []*clusterpb.Problem) {
@@ -93,16 +131,19 @@ func healthProblems(n *clusterpb.Node) (out []*clusterpb.Problem) {
 	for _, d := range n.Disks {
 		switch d.State {
 		case wire.DiskFull.String():
-			problem("error", "trim or delete what is not needed, or give it more room (--capacity, a larger file system); writes resume by themselves",
+			problem("error", "trim or delete what is not needed, or give it more room ("+moreRoom+"); writes resume by themselves",
 				"disk %s of node %d is %s", d.Id, n.Id, d.Reason)
 		case wire.DiskSlow.String(), wire.DiskFilling.String():
-			problem("warning", "trim or delete what is not needed, or give it more room (--capacity, a larger file system)",
+			problem("warning", "trim or delete what is not needed, or give it more room ("+moreRoom+")",
 				"disk %s of node %d is %s", d.Id, n.Id, d.Reason)
 		}
 		if d.CorruptReads > 0 {
 			problem("error", "other replicas answer in its place; where there is none, those blocks are lost until they are written again. The node's log names them; look at the disk's own diagnosis, and replace it",
 				"disk %s of node %d: %d %s failed their checksums since the node was started", d.Id, n.Id, d.CorruptReads, plural(int(d.CorruptReads), "read"))
 		}
+	}
+	if n.MissingReplicas > 0 {
+		out = append(out, missingProblem(n))
 	}
 	if n.HaltedReplicas > 0 {
 		problem("error", "the other replicas of its groups go on without it; with a single replica its chunks are not served. The node's log says more",

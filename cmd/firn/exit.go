@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"strings"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -75,6 +76,9 @@ func fromStatus(err error, addr string) error {
 	}
 	switch st.Code() {
 	case codes.Unavailable:
+		if strings.Contains(st.Message(), "server preface") {
+			return block.Errorf(block.Unavailable, "%s takes connections and says nothing: a process that is starting or hangs, or one that is not firn; name the address of --api of a gateway with --api or FIRN_API", addr)
+		}
 		return block.Errorf(block.Unavailable, "no answer from %s (%s); start `firn up` or `firn gateway`, or name the right address with --api or FIRN_API",
 			addr, st.Message())
 	case codes.DeadlineExceeded:

@@ -11,7 +11,10 @@ import (
 
 // exports shows every volume as an NBD export of its name. A volume is attached
 // when its first client enters it.
-type exports struct{ gateway *gateway.Gateway }
+type exports struct {
+	gateway *gateway.Gateway
+	times   *latencies
+}
 
 // List implements nbd.Exports.
 func (e exports) List(ctx context.Context) ([]nbd.Info, error) {
@@ -49,7 +52,7 @@ func (e exports) Open(ctx context.Context, name string) (*nbd.Export, error) {
 	if err != nil {
 		return nil, err
 	}
-	return device.Export(h, h.Release), nil
+	return device.Export(timed{h, e.times}, h.Release), nil
 }
 
 // resolve gives the default export "" a meaning where only one is possible.

@@ -110,6 +110,7 @@ type served struct {
 	gateway *gateway.Gateway
 	nbd     *nbd.Server
 	targets *volumeTargets // nil without iSCSI
+	times   *prometheus.HistogramVec
 	yielded yielded
 	// creds are for the API, in both directions.
 	creds credentials.TransportCredentials
@@ -136,7 +137,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	if err != nil {
 		return nil, err
 	}
-	s := &served{id: cfg.id, cluster: cfg.cluster, store: cfg.store, nbdAddr: cfg.fronts.nbdAddr, creds: cfg.fronts.creds}
+	s := &served{id: cfg.id, cluster: cfg.cluster, store: cfg.store, nbdAddr: cfg.fronts.nbdAddr, creds: cfg.fronts.creds, times: requestTimes()}
 	s.loop = loop.NewSystem(clock.System{}, loop.DefaultLimits)
 	parts.push("gateway's loop", func(context.Context) error { s.loop.Stop(); return nil })
 
@@ -154,7 +155,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	parts.push("gateway", s.gateway.Close)
 
 	access := cfg.fronts.access
-	server := nbd.NewServer(access.guard(exports{s.gateway}), nbd.Options{Log: slog.Default(), TLS: access.tls, RequireTLS: access.require})
+	server := nbd.NewServer(access.guard(exports{s.gateway, latenciesOf(s.times, "nbd")}), nbd.Options{Log: slog.Default(), TLS: access.tls, RequireTLS: access.require})
 	s.nbd = server
 	serving := make(chan struct{})
 	go func() {
@@ -171,7 +172,7 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 	stopAPI := s.serveAPI(cfg.fronts.api, cfg.fronts.creds, failed)
 	parts.push("API", func(context.Context) error { stopAPI(); return nil })
 	iscsiServer := s.serveISCSI(cfg.fronts.iscsi, parts, failed)
-	cfg.metrics.MustRegister(gatewayMetrics(s.gateway, server), iscsiMetrics(iscsiServer))
+	cfg.metrics.MustRegister(gatewayMetrics(s.gateway, server), iscsiMetrics(iscsiServer), s.times)
 	cfg.metrics.MustRegister(clientMetrics(s.loop, client))
 	if store, ok := cfg.store.(usageStore); ok {
 		cfg.metrics.MustRegister(etcdMetrics(store, clock.System{}))
@@ -189,12 +190,20 @@ func openGateway(ctx context.Context, cfg gatewayConfig, parts *stack, failed fu
 
 // ready tells why no volume can be attached here now, or nil.
 func (s *served) ready(ctx context.Context) error {
+	// At once, where it is known already: probes do not wait long.
+	var away error
+	if s.loop.Call(func() { away = s.catalog.client.StoreProblem() }); away != nil {
+		return away
+	}
 	live, err := meta.ListLive(ctx, s.store)
 	switch {
 	case err != nil:
 		return err
 	case len(live) == 0:
 		return block.Errorf(block.Unavailable, "no storage node is up")
+	}
+	if err := s.groupsReady(ctx, live); err != nil {
+		return err
 	}
 	return s.registered(ctx)
 }
@@ -212,7 +221,7 @@ func newGateway(c *console) *cobra.Command {
 			if err := required(cmd, "id", "data", "etcd"); err != nil {
 				return err
 			}
-			if err := meta.CheckGatewayID(id); err != nil {
+			if err := errors.Join(meta.CheckGatewayID(id), fronts.check(), etcd.check()); err != nil {
 				return err
 			}
 			return serveUntil(cmd.Context(), func(ctx context.Context, parts *stack, failed func(error)) error {
@@ -229,7 +238,9 @@ func newGateway(c *console) *cobra.Command {
 				if err != nil {
 					return err
 				}
+				stopAnswering := listeners.answerMeanwhile(id, etcd.endpoints, nbdMeanwhile)
 				store, clusterID, err := etcd.open(ctx, c, listeners.page, parts)
+				stopAnswering()
 				if err != nil {
 					return err
 				}

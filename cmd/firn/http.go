@@ -19,8 +19,12 @@ import (
 	"firn.io/firn/internal/block"
 )
 
-// probeTimeout bounds what a health check waits for.
-const probeTimeout = 3 * time.Second
+// What a probe of readiness and the status page wait for. Orchestrators give a
+// probe a second by default.
+const (
+	probeTimeout = 700 * time.Millisecond
+	pageTimeout  = 3 * time.Second
+)
 
 // observed is a role as its HTTP pages see it, from before it is ready until
 // after it has stopped.
@@ -100,17 +104,17 @@ var pageTemplate = template.Must(template.New("status").Funcs(template.FuncMap{"
 <style>body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#1b2733}
 table{border-collapse:collapse;width:100%;margin:.5rem 0 1.5rem}th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #d8e0e6}
 th{font-weight:600;color:#5a6b78}.ok{color:#157347}.bad{color:#b02a37}small{color:#5a6b78}</style></head><body>
-<h1>Firn</h1><p><small>cluster {{.ClusterId}}, {{.Version}}, gateway {{.Gateway}}, NBD on {{.NbdAddr}}, {{.Groups}} groups</small></p>
+<h1>Firn</h1><p><small>cluster {{.ClusterId}}, {{.Version}}, gateway {{.Gateway}}, NBD on {{.NbdAddr}}, {{if .Partial}}etcd does not answer: nodes, groups and other gateways are not known{{else}}{{.Groups}} groups, {{.DegradedGroups}} degraded, {{.StuckGroups}} without a majority{{end}}</small></p>
 {{if .Problems}}<ul>{{range .Problems}}<li class="bad">{{.What}}{{with .Remedy}}<br><small>{{.}}</small>{{end}}</li>{{end}}</ul>{{else}}<p class="ok">healthy</p>{{end}}
 <h2>Volumes</h2><table><tr><th>name<th>size<th>replicas<th>attached to<th>clients here<th>read-only<th>state</tr>
-{{range .Volumes}}<tr><td>{{.Name}}<td>{{size .SizeBytes}}<td>{{.Replicas}}<td>{{.AttachedTo}}<td>{{.Clients}}<td>{{onoff .ReadOnly}}<td>{{.State}}</tr>{{end}}</table>
-<h2>Nodes</h2><table><tr><th>node<th>address<th>zone<th>state<th>disks</tr>
-{{range .Nodes}}<tr><td>{{.Id}}<td>{{.Addr}}<td>{{.Zone}}<td>{{if .Alive}}<span class="ok">up</span>{{else}}<span class="bad">down</span>{{end}}<td>{{range .Disks}}{{size .CapacityBytes}}{{if .Failed}} <span class="bad">failed</span>{{end}} {{end}}</tr>{{end}}</table>
+{{range .Volumes}}<tr><td>{{.Name}}<td>{{size .SizeBytes}}<td>{{if .Replicas}}{{.Replicas}}{{else}}-{{end}}<td>{{.AttachedTo}}<td>{{.Clients}}<td>{{onoff .ReadOnly}}<td>{{.State}}</tr>{{end}}</table>
+{{if not .Partial}}<h2>Nodes</h2><table><tr><th>node<th>address<th>zone<th>state<th>disks</tr>
+{{range .Nodes}}<tr><td>{{.Id}}<td>{{.Addr}}<td>{{.Zone}}<td>{{if .Alive}}<span class="ok">up</span>{{else}}<span class="bad">down</span>{{end}}<td>{{range .Disks}}{{size .CapacityBytes}}{{if .Failed}} <span class="bad">failed</span>{{end}} {{end}}</tr>{{end}}</table>{{end}}
 </body></html>
 `))
 
 func (o *observed) page(w http.ResponseWriter, r *http.Request) {
-	ctx, cancel := context.WithTimeout(r.Context(), probeTimeout)
+	ctx, cancel := context.WithTimeout(r.Context(), pageTimeout)
 	defer cancel()
 	ready, status := o.now()
 	var s *clusterpb.StatusResponse

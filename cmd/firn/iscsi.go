@@ -55,7 +55,7 @@ func (s *served) serveISCSI(front iscsiFront, parts *stack, failed func(error)) 
 	if front.portal != "" {
 		opt.Portals = []string{front.portal}
 	}
-	targets := &volumeTargets{gateway: s.gateway, store: s.store, units: map[block.VolumeID]*sharedUnit{}}
+	targets := &volumeTargets{gateway: s.gateway, store: s.store, times: latenciesOf(s.times, "iscsi"), units: map[block.VolumeID]*sharedUnit{}}
 	server := iscsi.NewServer(targets, opt)
 	targets.server = server
 	s.targets = targets
@@ -79,6 +79,7 @@ func (s *served) serveISCSI(front iscsiFront, parts *stack, failed func(error)) 
 type volumeTargets struct {
 	gateway *gateway.Gateway
 	store   meta.Store
+	times   *latencies
 	server  *iscsi.Server
 
 	mu    sync.Mutex
@@ -156,7 +157,7 @@ func (v *volumeTargets) share(ctx context.Context, h *gateway.Handle) (*sharedUn
 		return u, nil
 	}
 	d := &attached{Volume: h.Volume}
-	unit, err := scsi.NewUnit(ctx, scsi.Config{Device: d, Revision: "1", Store: reservationStore{v.store, id}})
+	unit, err := scsi.NewUnit(ctx, scsi.Config{Device: timed{d, v.times}, Revision: "1", Store: reservationStore{v.store, id}})
 	if err != nil {
 		return nil, err
 	}

@@ -68,7 +68,7 @@ file of --config, a YAML map of flag names.`,
 	root.PersistentFlags().String("config", "", "read flags from this YAML file")
 	root.PersistentFlags().BoolVar(&c.json, "json", false, "print JSON")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
-		return block.Errorf(block.Invalid, "%v; see `%s --help`", err, cmd.CommandPath())
+		return block.Errorf(block.Invalid, "%s; see `%s --help`", human(err), cmd.CommandPath())
 	})
 	remote := &remote{console: c}
 	root.AddCommand(
@@ -93,7 +93,7 @@ func usageIsInvalid(cmd *cobra.Command) {
 	} else if check := cmd.Args; check != nil {
 		cmd.Args = func(cmd *cobra.Command, args []string) error {
 			if err := check(cmd, args); err != nil {
-				return block.Errorf(block.Invalid, "%v; usage: %s", err, cmd.UseLine())
+				return block.Errorf(block.Invalid, "%s; usage: %s", human(err), cmd.UseLine())
 			}
 			return nil
 		}
@@ -126,6 +126,10 @@ func exitCodes() *cobra.Command {
 	}
 }
 
+// revision is the commit that `make` built, where Go does not note it itself
+// (GOFLAGS=-buildvcs=false, `go run`): set by the linker.
+var revision string
+
 // version is the module version, or the commit of a build from a checkout.
 func version() string {
 	info, ok := debug.ReadBuildInfo()
@@ -139,6 +143,9 @@ func version() string {
 		if s.Key == "vcs.revision" && len(s.Value) >= 12 {
 			return "devel-" + s.Value[:12]
 		}
+	}
+	if revision != "" {
+		return "devel-" + revision
 	}
 	return "devel"
 }

@@ -29,21 +29,23 @@ const (
 type yielded struct {
 	mu    sync.Mutex
 	until map[block.VolumeID]time.Time
+	names map[block.VolumeID]string
 }
 
-func (y *yielded) add(id block.VolumeID) {
+func (y *yielded) add(id block.VolumeID, name string) {
 	y.mu.Lock()
 	defer y.mu.Unlock()
 	if y.until == nil {
-		y.until = map[block.VolumeID]time.Time{}
+		y.until, y.names = map[block.VolumeID]time.Time{}, map[block.VolumeID]string{}
 	}
 	now := time.Now()
 	for v, end := range y.until {
 		if now.After(end) {
 			delete(y.until, v)
+			delete(y.names, v)
 		}
 	}
-	y.until[id] = now.Add(yieldTime)
+	y.until[id], y.names[id] = now.Add(yieldTime), name
 }
 
 // check refuses a volume that was given away a moment ago.
@@ -51,8 +53,8 @@ func (y *yielded) check(id block.VolumeID) error {
 	y.mu.Lock()
 	defer y.mu.Unlock()
 	if left := time.Until(y.until[id]); left > 0 {
-		return block.Errorf(block.Busy, "volume %s was detached from this gateway by force: it attaches the volume again in %d s, if no other has it then",
-			id, int(left/time.Second)+1)
+		return block.Errorf(block.Busy, "volume %q was detached from this gateway by force: it attaches the volume again in %d s, if no other has it then",
+			y.names[id], int(left/time.Second)+1)
 	}
 	return nil
 }
@@ -101,7 +103,7 @@ func (a adminAPI) DetachVolume(ctx context.Context, r *clusterpb.DetachVolumeReq
 // cut off first, so that none of them is told of an error.
 func (s *served) detachHere(ctx context.Context, v meta.VolumeMeta, force bool) error {
 	if force {
-		s.yielded.add(v.ID)
+		s.yielded.add(v.ID, v.Name)
 		// By its id: it may have been renamed since they entered.
 		cut, err := s.nbd.Disconnect(ctx, func(_ nbd.Client, export nbd.Info) bool { return export.ID == v.ID.String() })
 		sessions, sessionsErr := s.targets.disconnect(ctx, v.ID)

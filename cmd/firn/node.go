@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -57,6 +58,9 @@ func newNode(c *console, r *remote) *cobra.Command {
 			}
 			if id == 0 || id > meta.MaxNodeID {
 				return block.Errorf(block.Invalid, "--id %d: use 1 to %d", id, meta.MaxNodeID)
+			}
+			if err := errors.Join(checkAddress("--listen", listenAddr), checkAddress("--http", http), etcd.check()); err != nil {
+				return err
 			}
 			if err := tls.guard("--listen", listenAddr); err != nil {
 				return err

@@ -146,51 +146,34 @@ func writeRepairs(w io.Writer, rs []repairView) {
 }
 
 // groupProblems tells of groups that have lost their majority, or some redundancy.
-func groupProblems(groups []meta.GroupMeta, nodes []*clusterpb.Node) (out []*clusterpb.Problem) {
-	problem := func(severity, remedy, what string, args ...any) {
-		out = append(out, &clusterpb.Problem{Severity: severity, What: fmt.Sprintf(what, args...), Remedy: remedy})
-	}
+func groupProblems(groups []meta.GroupMeta, nodes []*clusterpb.Node, seen servedReplicas) (out []*clusterpb.Problem) {
 	byID := map[uint32]*clusterpb.Node{}
 	for _, n := range nodes {
 		byID[n.Id] = n
 	}
-	stuck, gone, repairing := 0, 0, 0
+	gone, repairing := 0, 0
 	for _, g := range groups {
-		up, members, dead := 0, 0, 0
+		dead := 0
 		for _, r := range g.Replicas {
-			if r.Joining {
-				continue
-			}
-			members++
 			n := byID[uint32(r.Node)]
-			switch alive := n != nil && n.Alive; {
-			case r.Dead(), alive && !hasDisk(n, r.Disk):
+			if !r.Joining && (r.Dead() || n != nil && n.Alive && !hasDisk(n, r.Disk)) {
 				dead++
-			case alive:
-				up++
 			}
 		}
-		switch {
-		case g.Joining():
+		if g.Joining() {
 			repairing++
-		case dead > 0:
-			gone += dead
+			continue
 		}
-		if 2*up <= members {
-			stuck++
-		}
+		gone += dead
 	}
-	if stuck > 0 {
-		problem("error", "bring the nodes that are down back; I/O resumes by itself. Where replicas are lost for good, see docs/repair.md",
-			"%d of %d groups have no majority: I/O to their chunks waits", stuck, len(groups))
-	}
+	out = seen.condition(groups).problems()
 	if gone > 0 {
-		problem("error", "if it stays so for more than a minute: a new replica needs a node that is up, has a disk with room and holds no other replica of the group, and a majority of the others. Check that the right disks are mounted; see docs/repair.md",
-			"%d %s lost, damaged, or on a disk that failed or is not there, and not being replaced yet", gone, pluralIs(gone, "replica"))
+		out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("%d %s lost, damaged, or on a disk that failed or is not there, and not being replaced yet", gone, pluralIs(gone, "replica")),
+			Remedy: "if it stays so for more than a minute: a new replica needs a node that is up, has a disk with room and holds no other replica of the group, and a majority of the others. Check that the right disks are mounted; see docs/repair.md"})
 	}
 	if repairing > 0 {
-		problem("warning", "nothing: `firn status` shows how far it is",
-			"%d of %d groups are being repaired", repairing, len(groups))
+		out = append(out, &clusterpb.Problem{Severity: "warning", What: fmt.Sprintf("%d of %d groups are being repaired", repairing, len(groups)),
+			Remedy: "nothing: `firn status` shows how far it is"})
 	}
 	return append(out, zoneProblems(groups, byID)...)
 }

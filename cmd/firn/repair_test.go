@@ -26,6 +26,14 @@ func groupOn(id block.GroupID, nodes ...block.NodeID) meta.GroupMeta {
 	return g
 }
 
+func aliveOf(nodes []*clusterpb.Node) servedReplicas {
+	seen := newServed()
+	for _, n := range nodes {
+		seen.alive[block.NodeID(n.Id)] = n.Alive
+	}
+	return seen
+}
+
 func TestGroupProblems(t *testing.T) {
 	three := nodesIn("", "", "")
 	lost, two, joining := groupOn(1, 1, 2, 3), groupOn(1, 1, 2, 3), groupOn(1, 1, 2, 3)
@@ -44,11 +52,11 @@ func TestGroupProblems(t *testing.T) {
 		words    string
 	}{
 		{"well", groupOn(1, 1, 2, 3), three, "", ""},
-		{"lost", lost, three, "error", "1 replica is lost, damaged, or on a disk"},
+		{"lost", lost, three, "error error", "1 replica is lost, damaged, or on a disk"},
 		{"on a disk that is not there", groupOn(1, 1, 2, 3), swapped, "error", "1 replica is lost, damaged, or on a disk"},
 		{"on a failed disk", groupOn(1, 1, 2, 3), failed, "error", "1 replica is lost, damaged, or on a disk"},
 		{"a majority lost", two, three, "error error", "no majority"},
-		{"being repaired", joining, three, "warning", "1 of 1 groups are being repaired"},
+		{"being repaired", joining, three, "error warning", "1 of 1 groups are being repaired"},
 		{"a zone each", groupOn(1, 1, 2, 3), nodesIn("a", "b", "c"), "", ""},
 		{"two zones", groupOn(1, 1, 2, 3), nodesIn("a", "b", "a"), "warning", "in one zone"},
 		{"five in three zones", groupOn(1, 1, 2, 3, 4, 5), nodesIn("a", "b", "c", "a", "b"), "", ""},
@@ -56,7 +64,7 @@ func TestGroupProblems(t *testing.T) {
 	} {
 		var severity []string
 		var text strings.Builder
-		for _, p := range groupProblems([]meta.GroupMeta{c.group}, c.nodes) {
+		for _, p := range groupProblems([]meta.GroupMeta{c.group}, c.nodes, aliveOf(c.nodes)) {
 			severity = append(severity, p.Severity)
 			text.WriteString(p.What + "\n")
 			if p.Remedy == "" {

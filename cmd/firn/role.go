@@ -23,7 +23,8 @@ import (
 const (
 	// startTime bounds what a role waits for until it is ready.
 	startTime = 30 * time.Second
-	// registerTime bounds a gateway's way into etcd once that answers.
+	// registerTime bounds a gateway's way into etcd once that answers, and a node's
+	// while another process has its place.
 	registerTime = 10 * time.Second
 	// stopTime is what an orderly stop takes at most, as long as every part ends
 	// within its share of it: what is left of stopTime, but at most partTime, so
@@ -33,6 +34,8 @@ const (
 	stopTime      = 20 * time.Second
 	partTime      = 8 * time.Second
 	leastPartTime = 2 * time.Second
+	// stopProgressAfter is how long a part may take before a person is told.
+	stopProgressAfter = 1500 * time.Millisecond
 	// clientsTime is how long the clients of a frontend may take to end what they
 	// have in flight; then their connections are cut.
 	clientsTime = 3 * time.Second
@@ -69,6 +72,11 @@ func (s *stack) close() error {
 func (s *stack) closePart(i int, share time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), share)
 	defer cancel()
+	name, share := s.names[i], share.Round(time.Millisecond)
+	patience := time.AfterFunc(stopProgressAfter, func() {
+		slog.Warn("stopping: waiting for a part to end; a second Ctrl-C leaves the rest to the restart, which finds all that was acknowledged", "part", name, "at most", share)
+	})
+	defer patience.Stop()
 	return s.closers[i](ctx)
 }
 

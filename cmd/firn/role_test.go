@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -32,12 +35,20 @@ func TestEachPartHasItsTime(t *testing.T) {
 			parts.push("hangs", hang)
 		}
 		parts.push("clients", func(ctx context.Context) error { return stopClients(ctx, "NBD", hang) })
+		var log bytes.Buffer
+		normal := slog.Default()
+		slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
+		defer slog.SetDefault(normal)
 		begin := time.Now()
 		if err := parts.close(); err == nil {
 			t.Error("parts that hang are no failure")
 		}
 		if took := time.Since(begin); closed != 8 || took > stopTime+8*leastPartTime {
 			t.Errorf("%d parts were closed, in %v", closed, took)
+		}
+		synctest.Wait()
+		if n := strings.Count(log.String(), "part=hangs \"at most\""); n < 2 || strings.Contains(log.String(), "part=well \"at most\"") || !strings.Contains(log.String(), "part=clients \"at most\"") {
+			t.Errorf("the log tells %d times what is waited for:\n%s", n, log.String())
 		}
 		parts.push("clients", func(ctx context.Context) error { return stopClients(ctx, "NBD", hang) })
 		if err := parts.close(); err != nil {

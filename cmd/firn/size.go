@@ -12,10 +12,14 @@ import (
 
 const units = "KMGTP"
 
+// sizeHelp is what commands say of SIZE.
+const sizeHelp = `SIZE is 10G, 512M, 1.5T or a number of bytes. Units are binary: 10G, 10GB and
+10GiB are all 10 x 2^30 bytes.`
+
 // parseSize reads a size such as 10G, 512M, 1.5T or 4096: binary units, bytes
 // without one. "GiB" and "GB" mean the same as "G".
 func parseSize(s string) (int64, error) {
-	bad := block.Errorf(block.Invalid, "%q is not a size; write it as 10G, 512M or 4096 (binary units, whole bytes)", s)
+	bad := block.Errorf(block.Invalid, "%q is not a size; write it as 10G, 512M or 4096 (binary units: 10G, 10GB and 10GiB are the same; whole bytes)", s)
 	t := strings.ToUpper(strings.TrimSpace(s))
 	t = strings.TrimSuffix(strings.TrimSuffix(t, "B"), "I")
 	shift := 0

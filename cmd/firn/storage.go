@@ -164,6 +164,12 @@ func (s *storage) ready(ctx context.Context) error {
 	if !ok {
 		return block.Errorf(block.Unavailable, "node %d is stopping", s.node.ID())
 	}
+	if !st.GivenKnown {
+		return block.Errorf(block.Unavailable, "node %d does not know yet which replicas the cluster gives it", s.node.ID())
+	}
+	if st.Missing > 0 {
+		return block.Errorf(block.Unavailable, "node %d: %d of %d replicas that the cluster gives this node are not on its disks: check --disk and what is mounted there", s.node.ID(), st.Missing, st.Given)
+	}
 	if behind := behind(st); behind > 0 {
 		return block.Errorf(block.Unavailable, "node %d is catching up: %d of %d replicas have no leader, or not applied what it committed",
 			s.node.ID(), behind, len(st.Replicas))
@@ -189,20 +195,38 @@ func behind(st node.Status) int {
 
 // started tells why the node has not.
 func (s *storage) started(context.Context) error {
-	ready := false
-	if !s.loop.Call(func() { ready = s.node.Ready() }) || !ready {
-		return block.Errorf(block.Unavailable, "node %d is not ready: it is not registered, or a replica is still being opened", s.node.ID())
+	var why error
+	if !s.loop.Call(func() { why = s.node.Unready() }) {
+		return block.Errorf(block.Unavailable, "node %d is stopping", s.node.ID())
+	}
+	if why != nil {
+		return block.Wrap(block.KindOf(why), why, "node %d is not ready", s.node.ID())
 	}
 	return nil
 }
 
-// awaitStarted waits until the node has started. Busy: another process is that node.
+// awaitStarted waits until the node has started. Busy: another process is that
+// node, for longer than its lease would last without it.
 func (s *storage) awaitStarted(ctx context.Context) error {
-	err := awaitReady(ctx, s.started)
+	waiting, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var since time.Time // that another process is this node
+	err := awaitReady(waiting, func(ctx context.Context) error {
+		err := s.started(ctx)
+		switch {
+		case err == nil || block.KindOf(err) != block.Busy:
+			since = time.Time{}
+		case since.IsZero():
+			since = time.Now()
+		case time.Since(since) > registerTime:
+			cancel() // its lease would have ended
+		}
+		return err
+	})
 	if err == nil {
 		return nil
 	}
-	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), probeTimeout)
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), pageTimeout)
 	defer cancel()
 	live, listErr := meta.ListLive(asking, s.store)
 	if l, ok := live[s.node.ID()]; listErr == nil && ok && l.Incarnation != s.session {

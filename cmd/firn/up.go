@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -120,6 +121,11 @@ func parseWanted(texts []string) ([]wanted, error) {
 		if err != nil {
 			return nil, block.Wrap(block.Invalid, err, "--volume %s", text)
 		}
+		for _, w := range out {
+			if w.name == name {
+				return nil, block.Errorf(block.Invalid, "--volume %s: %s is asked for twice", text, name)
+			}
+		}
 		out = append(out, wanted{name, n})
 	}
 	return out, nil
@@ -142,6 +148,9 @@ func newUp(c *console) *cobra.Command {
 		Example: "  firn up --volume demo=10G\n  firn up --nodes 3 --data /srv/firn --volume vm1=100G --volume vm2=100G",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := startLog(c, flags.logLevel); err != nil {
+				return err
+			}
+			if err := flags.fronts.check(); err != nil {
 				return err
 			}
 			volumes, err := parseWanted(flags.volumes)
@@ -170,13 +179,7 @@ func newUp(c *console) *cobra.Command {
 // open starts everything in its order. What it opened is on parts also when it fails.
 func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts *stack, failed func(error)) error {
 	disk := vfs.NewOS()
-	lock, err := lockFolder(ctx, disk, u.data)
-	if err != nil {
-		return err
-	}
-	parts.push("data folder", func(context.Context) error { return lock.Close() })
-	// The ports first: what is wrong with them is known before the folder changes.
-	listeners, err := u.fronts.listen(ctx, parts)
+	listeners, err := u.claim(ctx, disk, parts)
 	if err != nil {
 		return err
 	}
@@ -253,6 +256,29 @@ func (u *upFlags) open(ctx context.Context, c *console, volumes []wanted, parts 
 		return err
 	}
 	return s.announce(ctx, c, u.data, state.Nodes, listeners)
+}
+
+// claim takes the ports and the folder. Who has the folder is more to a person than
+// who has the ports; but a folder that is not there is made only when nothing is
+// wrong with them.
+func (u *upFlags) claim(ctx context.Context, disk vfs.FS, parts *stack) (listeners *fronts, err error) {
+	take := func() error {
+		lock, err := lockFolder(ctx, disk, u.data)
+		if err == nil {
+			parts.push("data folder", func(context.Context) error { return lock.Close() })
+		}
+		return err
+	}
+	if _, missing := os.Stat(u.data); !errors.Is(missing, fs.ErrNotExist) {
+		if err := take(); err != nil {
+			return nil, err
+		}
+		return u.fronts.listen(ctx, parts)
+	}
+	if listeners, err = u.fronts.listen(ctx, parts); err != nil {
+		return nil, err
+	}
+	return listeners, take()
 }
 
 // ensure creates the volumes that are missing. One that is there keeps its

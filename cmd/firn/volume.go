@@ -18,20 +18,27 @@ type volumeView struct {
 	ID         string   `json:"id"`
 	SizeBytes  int64    `json:"size_bytes"`
 	BlockSize  uint32   `json:"block_size"`
-	Replicas   uint32   `json:"replicas"`
+	Replicas   uint32   `json:"replicas,omitzero"`
 	ReadOnly   bool     `json:"read_only"`
 	State      string   `json:"state"`
-	Generation uint32   `json:"generation"`
-	Epoch      uint64   `json:"epoch"`
+	Generation *uint32  `json:"generation,omitzero"`
+	Epoch      *uint64  `json:"epoch,omitzero"`
 	AttachedTo string   `json:"attached_to"`
 	Clients    uint32   `json:"clients"`
-	Groups     []uint64 `json:"groups"`
+	Groups     []uint64 `json:"groups,omitzero"`
+	// UsedBytes is about what one copy of its data takes; nil if not known.
+	UsedBytes *int64 `json:"used_bytes,omitzero"`
+}
+
+// forget leaves out what a gateway does not know of a volume by itself.
+func (v *volumeView) forget() {
+	v.Replicas, v.Generation, v.Epoch, v.Groups, v.UsedBytes = 0, nil, nil, nil, nil
 }
 
 func viewVolume(v *clusterpb.Volume) volumeView {
 	view := volumeView{
 		Name: v.Name, ID: v.Id, SizeBytes: v.SizeBytes, BlockSize: v.BlockSize, Replicas: v.Replicas, ReadOnly: v.ReadOnly,
-		State: v.State, Generation: v.Generation, Epoch: v.Epoch, AttachedTo: v.AttachedTo, Clients: v.Clients, Groups: v.Groups,
+		State: v.State, Generation: &v.Generation, Epoch: &v.Epoch, AttachedTo: v.AttachedTo, Clients: v.Clients, Groups: v.Groups, UsedBytes: v.UsedBytes,
 	}
 	if view.Groups == nil {
 		view.Groups = []uint64{}
@@ -68,10 +75,21 @@ func orDash(s string) string {
 	return s
 }
 
+func (v volumeView) used() string {
+	if v.UsedBytes == nil {
+		return "-"
+	}
+	return formatSize(*v.UsedBytes)
+}
+
 func writeVolumes(w io.Writer, vs []volumeView) {
-	fmt.Fprintln(w, "NAME\tSIZE\tREPLICAS\tATTACHED TO\tCLIENTS HERE\tNOTES")
+	fmt.Fprintln(w, "NAME\tSIZE\tUSED\tREPLICAS\tATTACHED TO\tCLIENTS HERE\tNOTES")
 	for _, v := range vs {
-		fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%d\t%s\n", v.Name, formatSize(v.SizeBytes), v.Replicas, orDash(v.AttachedTo), v.Clients, v.flags())
+		replicas := "-"
+		if v.Replicas > 0 {
+			replicas = fmt.Sprint(v.Replicas)
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\n", v.Name, formatSize(v.SizeBytes), v.used(), replicas, orDash(v.AttachedTo), v.Clients, v.flags())
 	}
 }
 
@@ -91,17 +109,28 @@ func volumeCreate(r *remote) *cobra.Command {
 	var replicas, blockSize uint32
 	cmd := &cobra.Command{
 		Use: "create NAME SIZE", Short: "Create a volume", Args: cobra.ExactArgs(2),
+		Long: `Create a volume, and return when it can be attached.
+
+` + sizeHelp,
 		Example: "  firn volume create db 100G --replicas 3",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			bytes, err := parseSize(args[1])
 			if err != nil {
 				return err
 			}
+			if cmd.Flags().Changed("replicas") && replicas == 0 {
+				return block.Errorf(block.Invalid, "--replicas 0: use 1, 3 or 5")
+			}
 			var v *clusterpb.Volume
+			late := false
 			err = r.call(cmd.Context(), "creating "+args[0], func(ctx context.Context, api clusterpb.AdminClient) (err error) {
 				v, err = api.CreateVolume(ctx, &clusterpb.CreateVolumeRequest{Name: args[0], SizeBytes: bytes, Replicas: replicas, BlockSize: blockSize})
+				late = err != nil && ctx.Err() != nil
 				return err
 			})
+			if late {
+				return block.Errorf(block.KindOf(err), "%v; the volume may have been made, or be made still: `firn volume show %s` tells", err, args[0])
+			}
 			if err != nil {
 				return err
 			}
@@ -152,10 +181,10 @@ func volumeShow(r *remote) *cobra.Command {
 			}
 			v := viewVolume(answer)
 			return r.print(v, func(w io.Writer) {
-				fmt.Fprintf(w, "name\t%s\nid\t%s\nsize\t%s (%d bytes)\nblock size\t%d\nreplicas\t%d\nread-only\t%s\nstate\t%s\n",
-					v.Name, v.ID, formatSize(v.SizeBytes), v.SizeBytes, v.BlockSize, v.Replicas, onOff(v.ReadOnly), v.State)
+				fmt.Fprintf(w, "name\t%s\nid\t%s\nsize\t%s (%d bytes)\nused\t%s\nblock size\t%d\nreplicas\t%d\nread-only\t%s\nstate\t%s\n",
+					v.Name, v.ID, formatSize(v.SizeBytes), v.SizeBytes, v.used(), v.BlockSize, v.Replicas, onOff(v.ReadOnly), v.State)
 				fmt.Fprintf(w, "attached to\t%s\nclients here\t%d\nepoch\t%d\ngeneration\t%d\ngroups\t%s\n",
-					orDash(v.AttachedTo), v.Clients, v.Epoch, v.Generation, strings.Trim(fmt.Sprint(v.Groups), "[]"))
+					orDash(v.AttachedTo), v.Clients, answer.Epoch, answer.Generation, strings.Trim(fmt.Sprint(v.Groups), "[]"))
 			})
 		},
 	}
@@ -195,9 +224,13 @@ func volumeSet(r *remote) *cobra.Command {
 }
 
 func volumeResize(r *remote) *cobra.Command {
-	var shrink bool
+	var shrink, force bool
 	cmd := &cobra.Command{
 		Use: "resize NAME SIZE", Short: "Grow a volume, or shrink it with --shrink", Args: cobra.ExactArgs(2),
+		Long: `Grow a volume, or shrink it with --shrink. Clients that are connected see a new
+size when they connect anew. A volume with clients is shrunk only with --force.
+
+` + sizeHelp,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			bytes, err := parseSize(args[1])
 			if err != nil {
@@ -205,7 +238,7 @@ func volumeResize(r *remote) *cobra.Command {
 			}
 			var v *clusterpb.Volume
 			err = r.call(cmd.Context(), "resizing "+args[0], func(ctx context.Context, api clusterpb.AdminClient) (err error) {
-				v, err = api.ResizeVolume(ctx, &clusterpb.ResizeVolumeRequest{Name: args[0], SizeBytes: bytes, Shrink: shrink})
+				v, err = api.ResizeVolume(ctx, &clusterpb.ResizeVolumeRequest{Name: args[0], SizeBytes: bytes, Shrink: shrink, Force: force})
 				return err
 			})
 			if err != nil {
@@ -215,7 +248,8 @@ func volumeResize(r *remote) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&shrink, "shrink", false, "allow a smaller size; what lies beyond it is lost")
-	markOnlyFlag(cmd, "shrink")
+	cmd.Flags().BoolVar(&force, "force", false, "shrink also while clients are connected")
+	markOnlyFlag(cmd, "shrink", "force")
 	return cmd
 }
 

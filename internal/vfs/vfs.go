@@ -186,10 +186,13 @@ func Lock(fs FS, dir string) (io.Closer, error) {
 		return nil, err
 	}
 	l, err := fs.Lock(path.Join(dir, LockName))
-	if err != nil {
-		return nil, block.Wrap(block.KindOf(err), err, "folder %s is in use by another process", dir)
+	switch {
+	case err == nil:
+		return l, nil
+	case block.KindOf(err) == block.Busy:
+		return nil, block.Errorf(block.Busy, "folder %s is in use by another process", dir)
 	}
-	return l, nil
+	return nil, block.Wrap(block.KindOf(err), err, "lock folder %s", dir)
 }
 
 // tempSuffix marks what WriteFileAtomic has not finished.

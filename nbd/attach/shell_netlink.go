@@ -97,7 +97,7 @@ func openFamily(name string) (Kernel, error) {
 }
 
 // errNoNetlink: the driver is older than its netlink interface. There is no
-// fallback to its ioctls: docs/decisions/0007-no-ioctl.md.
+// fallback to its ioctls: docs/decisions/0009-no-ioctl.md.
 var errNoNetlink = block.Errorf(block.Unsupported, "this kernel's NBD driver has no netlink interface, by which lost connections are replaced; Linux has it since 4.12: use a newer kernel, or `nbd-client` for a device that fails when its connection breaks")
 
 func (k *netlinkKernel) join() error {
