@@ -252,7 +252,7 @@ func TestBadDiskIsLeftOut(t *testing.T) {
 		{"superblock: empty", spoil("disk.json", func([]byte) []byte { return nil }), "fails its checksum", "put it back"},
 		{"superblock: gone", remove("disk.json"), "no disk.json", "put its disk.json back"},
 		{"superblock: newer format", func(t *testing.T) { editSuperblock(t, m.dir, "format", 9) }, "format 9", "start the build of Firn that wrote it"},
-		{"disk of another node", func(t *testing.T) { editSuperblock(t, m.dir, "node", 7) }, "disk of node 7", "give another folder"},
+		{"disk of another node", func(t *testing.T) { editSuperblock(t, m.dir, "node", 7) }, "disk of node 7", "another folder"},
 		{"disk of another cluster", func(t *testing.T) {
 			editSuperblock(t, m.dir, "cluster", block.ClusterID(block.NewUUID()).String())
 		}, "disk of cluster", "give another folder"},
