@@ -289,6 +289,63 @@ func TestANodeThatWasAwayForLongLetsGo(t *testing.T) {
 	})
 }
 
+// What a replaced replica left stays as long as the group lacks another one, also
+// where the new one is made beside it on the same disk.
+func TestNothingIsRemovedWhileAGroupLacksAReplica(t *testing.T) {
+	o := small(69)
+	o.Nodes, o.Replicas, o.ReplaceAfter = 4, 3, 5*time.Second
+	script(t, o, func(c *Cluster, l *load) error {
+		c.runFor(2 * time.Second)
+		away, damaged := c.nodes[0], c.nodes[2]
+		on := func(s *storage, g meta.GroupMeta) int {
+			return slices.IndexFunc(g.Replicas, func(r meta.ReplicaMeta) bool { return r.Node == s.id })
+		}
+		had := 0
+		for at := range c.members() {
+			if at.node == away.id {
+				had++
+			}
+		}
+		away.kill()
+		away.crashDisk()
+		elsewhere := func() bool {
+			return !slices.ContainsFunc(c.groupsNow(), func(g meta.GroupMeta) bool { return !g.Whole() || on(away, g) >= 0 })
+		}
+		if !c.runUntil(repairLimit, elsewhere) {
+			return fmt.Errorf("repair: not within %v\n%+v", repairLimit, c.groupsNow())
+		}
+		damaged.kill()
+		damaged.crashDisk()
+		for _, g := range c.groupsNow() {
+			r := g.Replicas[on(damaged, g)]
+			if err := meta.MarkReplicaDamaged(c.ctx, c.Meta.Client(), g.ID, r.Replica, r.Disk); err != nil {
+				return err
+			}
+		}
+		c.isolate(away, true) // it hears of orders, and is not filled
+		away.back(0)
+		for range 40 {
+			c.runFor(100 * time.Millisecond)
+			if n := away.node.Status().Counters.Removed; n > 0 {
+				return fmt.Errorf("removal: %d replicas, of groups that lack one\n%+v", n, c.groupsNow())
+			}
+		}
+		if g := c.groupsNow()[0]; !g.Joining() || on(away, g) < 0 || len(g.Removed) == 0 {
+			return fmt.Errorf("nothing joins on node 1, beside what is to be removed: %+v", g)
+		}
+		c.isolate(away, false)
+		damaged.back(0)
+		c.runFor(time.Second)
+		if err := c.repaired(); err != nil {
+			return err
+		}
+		if n := away.node.Status().Counters.Removed; n != uint64(had) {
+			return fmt.Errorf("removal: %d replicas of %d", n, had)
+		}
+		return c.settle(l)
+	})
+}
+
 // A wiped replica is replaced, and its joiner is lost before it was filled: it is
 // given up, and another one comes.
 func TestALostJoinerIsGivenUp(t *testing.T) {
