@@ -23,7 +23,7 @@ test-long: ## Everything in its long variants, at most 75 minutes
 sim: ## The whole-cluster simulation; `make sim SEED=n` replays one seed
 	if [ -n "$(SEED)" ]; then go test ./test/sim -run "TestSeed$$" -seed $(SEED) -v; else go run ./test/run -only sim; fi
 
-mutants: ## Break five promises of the storage on purpose, one at a time: the tests must find each
+mutants: ## Break promises of the storage on purpose, one at a time: the tests must find each
 	go run ./test/mutants
 
 fuzz: ## Every fuzz target, a million inputs each

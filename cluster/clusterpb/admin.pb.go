@@ -1043,7 +1043,7 @@ type Repair struct {
 	// What it takes the place of; 0: of nothing, it was behind.
 	Replaces     uint64 `protobuf:"varint,4,opt,name=replaces,proto3" json:"replaces,omitempty"`
 	ReplacesNode uint32 `protobuf:"varint,5,opt,name=replaces_node,json=replacesNode,proto3" json:"replaces_node,omitempty"`
-	// ordered, waiting, copying, following (the log), given up.
+	// ordered, joining, waiting, copying, given up (docs/repair.md).
 	State string `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
 	// The node that it is copied from, 0 if it is not; the rest is 0 as long as it
 	// is not known.

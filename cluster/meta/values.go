@@ -63,7 +63,8 @@ type VolumeMeta struct {
 	// Spans has, for each TiB of the volume, its groups: chunk i of a span (by
 	// its number within the volume) is in Spans[s][i mod len(Spans[s])].
 	Spans [][]block.GroupID `json:"spans,omitempty"`
-	// Layout rises with each change of Spans and of the members of their groups.
+	// Layout rises with each change of Spans. The members of groups have a version
+	// of their own, GroupMeta.ConfVersion.
 	Layout block.LayoutVersion `json:"layout"`
 }
 

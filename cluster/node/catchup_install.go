@@ -598,17 +598,12 @@ func (in *install) status(now clock.Instant) *CopyStatus {
 // background does a job of a copy beside the disk's chain of jobs: the replica
 // has no other. An error is the disk's end (L8).
 func (d *disk) background(job *index.Job, done func(error)) {
-	n := d.node
-	n.loading++
-	d.loop.Do(loop.Merge, job.Run, func() {
+	d.work(loop.Merge, job.Run, func() {
 		err := cmp.Or(d.failed, job.Finish())
 		if err != nil {
 			d.fail(err)
 		}
 		done(err)
-		if n.loading--; n.loading == 0 && n.loaded != nil {
-			n.loaded()
-		}
 	})
 }
 

@@ -41,7 +41,9 @@ type disk struct {
 	needFlush bool  // the reaper has changed the store since the last flush
 	needSpace bool  // the log asked for free segments
 	births    []birth
-	ticks     int // of upkeep, since the last checkpoint for want of space
+	// quarantine lists replicas that never open again.
+	quarantine quarantined
+	ticks      int // of upkeep, since the last checkpoint for want of space
 }
 
 // openDisk makes a disk ready: locked, formatted if it is new, its log and
@@ -150,6 +152,9 @@ func (d *disk) recover() error {
 	if err != nil {
 		return err
 	}
+	if err := d.quarantine.load(n.cfg.FS, d.cfg.Dir); err != nil {
+		n.logf("disk %v in %s: %v", d.id, d.cfg.Dir, err)
+	}
 	damaged := make(map[seglog.ReplicaKey]string)
 	for _, dm := range d.log.Damaged() {
 		damaged[dm.Key] = dm.Reason
@@ -161,6 +166,8 @@ func (d *disk) recover() error {
 		rep := newReplica(d, state)
 		if why, bad := damaged[rep.key]; bad {
 			rep.halted = block.Errorf(block.Corrupt, "its log is damaged: %s", why)
+		} else if why, bad := d.quarantine.list[rep.key]; bad {
+			rep.halted = block.Errorf(block.Corrupt, "it is in quarantine: %s", why)
 		}
 		n.addReplica(rep)
 	}

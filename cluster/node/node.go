@@ -366,11 +366,13 @@ func (n *Node) sorted() []*replica {
 	return out
 }
 
-func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K {
+func sortedKeys[K cmp.Ordered, V any](m map[K]V) []K { return sortedFunc(m, cmp.Compare) }
+
+func sortedFunc[K comparable, V any](m map[K]V, compare func(a, b K) int) []K {
 	keys := make([]K, 0, len(m))
 	for k := range m {
 		keys = append(keys, k)
 	}
-	slices.Sort(keys)
+	slices.SortFunc(keys, compare)
 	return keys
 }

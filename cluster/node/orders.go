@@ -90,17 +90,17 @@ func (o *orders) follow(id block.GroupID) {
 	for i := range g.Replicas {
 		r := &g.Replicas[i]
 		d := n.diskOf(r.Disk)
-		if r.Node != n.cfg.ID || r.Lost || d == nil || d.failed != nil {
+		if r.Node != n.cfg.ID || d == nil || d.failed != nil {
 			continue // elsewhere, or not usable: repair is the coordinator's
 		}
 		rep := n.held(seglog.ReplicaKey{Group: id, Replica: r.Replica})
 		switch {
-		case rep == nil && (r.Damaged || r.GivenUp && !r.Created):
+		case rep == nil && (r.Dead() || r.GivenUp && !r.Created):
 		case rep == nil && r.Created:
 			o.lose(id, r.Replica, d.id)
 		case rep == nil:
 			o.create(d, g, r.Replica)
-		case r.Damaged:
+		case r.Dead():
 			rep.quarantine()
 		case rep.damaged() && o.expendable(g, *r):
 			o.condemn(id, rep)

@@ -78,11 +78,14 @@ func (o *op) readBlocks() {
 	o.rep.disk.load(func() { f.run(q.Chunk) }, finish)
 }
 
-// load reads the disk. The disks close only when no such read is under way.
-func (d *disk) load(read, done func()) {
+// load reads the disk.
+func (d *disk) load(read, done func()) { d.work(loop.DiskRead, read, done) }
+
+// work does something on the disk. The disks close only when none is under way.
+func (d *disk) work(class loop.Class, work, done func()) {
 	n := d.node
 	n.loading++
-	d.loop.Do(loop.DiskRead, read, func() {
+	d.loop.Do(class, work, func() {
 		done()
 		if n.loading--; n.loading == 0 && n.loaded != nil {
 			n.loaded()

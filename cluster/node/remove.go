@@ -34,6 +34,7 @@ func (o *orders) remove(d *disk, g meta.GroupMeta, r meta.ReplicaMeta) {
 		if err != nil {
 			return // the disk failed, or is closed
 		}
+		d.confine(key, "")
 		if rep := n.retired[key]; rep != nil {
 			delete(n.retired, key)
 			n.counters.Removed++

@@ -127,11 +127,12 @@ func (rep *replica) damaged() bool {
 	return err != nil && block.KindOf(err) == block.Corrupt
 }
 
-// quarantine ends the part of a replica that was marked as damaged.
+// quarantine ends the part of a replica that was marked as damaged or lost.
 func (rep *replica) quarantine() {
 	if rep.halted == nil {
-		rep.halt(block.Errorf(block.Corrupt, "it was found damaged, and is replaced"))
+		rep.halt(block.Errorf(block.Corrupt, "it was found damaged or lost, and is replaced"))
 	}
+	rep.disk.confine(rep.key, rep.halted.Error())
 	rep.node.installs.stop(rep)
 	rep.close()
 }

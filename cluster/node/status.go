@@ -133,7 +133,8 @@ func (n *Node) Status() Status {
 }
 
 // Ready tells whether the node is registered, holds its lease and has opened
-// every replica on its usable disks but those that are filled from others.
+// every replica on its usable disks but those that are filled from others or
+// have halted: Status tells of these.
 func (n *Node) Ready() bool { return n.Unready() == nil }
 
 // Unready is why the node is not Ready, or nil. Kind Unavailable; Busy if another
@@ -152,7 +153,7 @@ func (n *Node) Unready() error {
 	}
 	opening := 0
 	for _, rep := range n.replicas {
-		if rep.group == nil && rep.disk.failed == nil && n.installs.all[rep.key.Group] == nil {
+		if rep.group == nil && rep.halted == nil && rep.disk.failed == nil && n.installs.all[rep.key.Group] == nil {
 			opening++
 		}
 	}

@@ -376,6 +376,8 @@ func (g *Group) stepOf(o Order) (OrderState, *Change) {
 		return OrderOpen, &Change{Kind: Replace, Base: g.conf.Index, Members: o.Add, Remove: o.Remove}
 	case added == 0 && gone == 0 && fresh:
 		return OrderOpen, &Change{Kind: AddLearner, Base: o.Base, Members: o.Add}
+	case voting == 0 && added == len(o.Add): // and those that they were to replace are gone
+		return OrderOpen, &Change{Kind: DropLearner, Base: g.conf.Index, Remove: replicasOf(o.Add)}
 	}
 	return OrderVoid, nil
 }

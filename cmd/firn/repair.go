@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"firn.io/firn/cluster/clusterpb"
@@ -13,11 +14,11 @@ import (
 
 // The states of a repair.
 const (
-	repairOrdered   = "ordered"   // its node has not made it yet
-	repairWaiting   = "waiting"   // for its turn to be filled
-	repairCopying   = "copying"   // from another replica's state
-	repairFollowing = "following" // the log, until it has nearly all
-	repairGivenUp   = "given up"  // the new replica is lost; the group drops it
+	repairOrdered = "ordered"  // its node has not made it yet
+	repairJoining = "joining"  // it waits for its turn to be copied, or for the end of the log
+	repairWaiting = "waiting"  // for its turn to be copied
+	repairCopying = "copying"  // from another replica's state
+	repairGivenUp = "given up" // the new replica is lost; the group drops it
 )
 
 type repairView struct {
@@ -59,7 +60,7 @@ func repairsOf(groups []meta.GroupMeta, copies map[uint32][]wire.CopyHealth) (ou
 			case r.GivenUp:
 				v.State = repairGivenUp
 			case r.Created:
-				v.State = repairFollowing
+				v.State = repairJoining
 			default:
 				v.State = repairOrdered
 			}
@@ -156,12 +157,15 @@ func groupProblems(groups []meta.GroupMeta, nodes []*clusterpb.Node, seen served
 			repairing++
 			continue
 		}
-		well, members := g.Well()
-		gone += members - well
+		for _, r := range g.Replicas {
+			if n := byID[uint32(r.Node)]; r.Dead() || n != nil && n.Alive && !hasDisk(n, r.Disk) {
+				gone++
+			}
+		}
 	}
 	out = seen.condition(groups).problems()
 	if gone > 0 {
-		out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("%d %s lost or damaged, and not being replaced yet", gone, pluralIs(gone, "replica")),
+		out = append(out, &clusterpb.Problem{Severity: severityError, What: fmt.Sprintf("%d %s lost, damaged, or on a disk that failed or is not there, and not being replaced yet", gone, pluralIs(gone, "replica")),
 			Remedy: "if it stays so for more than a minute: a new replica needs a node that is up, has a disk with room and holds no other replica of the group, and a majority of the others. Check that the right disks are mounted; see docs/repair.md"})
 	}
 	if repairing > 0 {
@@ -169,6 +173,11 @@ func groupProblems(groups []meta.GroupMeta, nodes []*clusterpb.Node, seen served
 			Remedy: "nothing: `firn status` shows how far it is"})
 	}
 	return append(out, zoneProblems(groups, byID)...)
+}
+
+// hasDisk tells whether the node came up with a disk that works.
+func hasDisk(n *clusterpb.Node, id block.DiskID) bool {
+	return slices.ContainsFunc(n.Disks, func(d *clusterpb.Disk) bool { return d.Id == id.String() && !d.Failed })
 }
 
 func pluralIs(n int, word string) string {

@@ -13,7 +13,7 @@ import (
 
 func nodesIn(zones ...string) (out []*clusterpb.Node) {
 	for i, z := range zones {
-		out = append(out, &clusterpb.Node{Id: uint32(i + 1), Zone: z, Alive: true})
+		out = append(out, &clusterpb.Node{Id: uint32(i + 1), Zone: z, Alive: true, Disks: []*clusterpb.Disk{{Id: block.DiskID{byte(i + 1)}.String()}}})
 	}
 	return out
 }
@@ -29,7 +29,7 @@ func groupOn(id block.GroupID, nodes ...block.NodeID) meta.GroupMeta {
 func aliveOf(nodes []*clusterpb.Node) servedReplicas {
 	seen := newServed()
 	for _, n := range nodes {
-		seen.alive[block.NodeID(n.Id)] = n.Alive
+		seen.alive[block.NodeID(n.Id)], seen.came[block.NodeID(n.Id)] = n.Alive, n
 	}
 	return seen
 }
@@ -39,6 +39,9 @@ func TestGroupProblems(t *testing.T) {
 	lost, two, joining := groupOn(1, 1, 2, 3), groupOn(1, 1, 2, 3), groupOn(1, 1, 2, 3)
 	lost.Replicas[1].Lost = true
 	two.Replicas[1].Lost, two.Replicas[2].Damaged = true, true
+	swapped, failed := nodesIn("", "", ""), nodesIn("", "", "")
+	swapped[2].Disks[0].Id = block.DiskID{9}.String()
+	failed[2].Disks[0].Failed = true
 	joining.Replicas[1].Damaged, joining.Replicas[1].Leaving = true, true
 	joining.Replicas = append(joining.Replicas, meta.ReplicaMeta{Node: 2, Disk: block.DiskID{2}, Replica: 4, Joining: true})
 	for _, c := range []struct {
@@ -49,7 +52,9 @@ func TestGroupProblems(t *testing.T) {
 		words    string
 	}{
 		{"well", groupOn(1, 1, 2, 3), three, "", ""},
-		{"lost", lost, three, "error error", "1 replica is lost or damaged, and not being replaced yet"},
+		{"lost", lost, three, "error error", "1 replica is lost, damaged, or on a disk"},
+		{"on a disk that is not there", groupOn(1, 1, 2, 3), swapped, "error error", "1 replica is lost, damaged, or on a disk"},
+		{"on a failed disk", groupOn(1, 1, 2, 3), failed, "error error", "1 replica is lost, damaged, or on a disk"},
 		{"a majority lost", two, three, "error error", "no majority"},
 		{"being repaired", joining, three, "error warning", "1 of 1 groups are being repaired"},
 		{"a zone each", groupOn(1, 1, 2, 3), nodesIn("a", "b", "c"), "", ""},
@@ -89,7 +94,7 @@ func TestRepairs(t *testing.T) {
 		{Group: 1, Replica: 9, Node: 4, Replaces: 3, ReplacesNode: 3, State: repairOrdered},
 		{Group: 2, Replica: 9, Node: 4, Replaces: 3, ReplacesNode: 3, State: repairCopying, FromNode: 1, DoneChunks: 10, TotalChunks: 40,
 			Bytes: 1 << 20, TotalBytes: 4 << 20, LeftSeconds: 90},
-		{Group: 3, Replica: 9, Node: 4, Replaces: 3, ReplacesNode: 3, State: repairFollowing},
+		{Group: 3, Replica: 9, Node: 4, Replaces: 3, ReplacesNode: 3, State: repairJoining},
 		{Group: 4, Replica: 2, Node: 2, State: repairWaiting},
 	}
 	if len(views) != len(want) {

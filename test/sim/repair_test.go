@@ -184,6 +184,42 @@ func TestADamagedReplicaIsReplaced(t *testing.T) {
 	})
 }
 
+// A replica that was found damaged does not open when its node starts, though
+// nothing tells the node so but its own disk.
+func TestQuarantineOutlivesARestart(t *testing.T) {
+	script(t, small(68), func(c *Cluster, l *load) error {
+		c.runFor(2 * time.Second)
+		c.nodes[2].kill() // so that the damaged ones cannot be replaced
+		c.nodes[2].crashDisk()
+		s := c.nodes[1]
+		disk := s.node.Status().Disks[0].ID
+		for _, g := range c.groupsNow() {
+			if err := meta.MarkReplicaDamaged(c.ctx, c.Meta.Client(), g.ID, 2, disk); err != nil {
+				return err
+			}
+		}
+		c.runFor(time.Second)
+		c.Meta.SetDown(true)
+		s.kill()
+		s.fs, s.store = s.fs.Crash(nil), s.store.Crash(0)
+		if err := s.up(); err != nil {
+			return err
+		}
+		for range 20 {
+			c.runFor(100 * time.Millisecond)
+			for _, r := range s.node.Status().Replicas {
+				if r.Open {
+					return fmt.Errorf("quarantine: group %d replica %d is open\n%s", r.Group, r.Replica, c.state())
+				}
+			}
+		}
+		c.Meta.SetDown(false)
+		c.nodes[2].back(0)
+		c.runFor(time.Second)
+		return cmp.Or(c.repaired(), c.settle(l))
+	})
+}
+
 // The node of damaged replicas crashes again and again while they are found,
 // replaced, filled and removed.
 func TestCrashesInARepair(t *testing.T) {
