@@ -123,13 +123,21 @@ func measureIdle(ctx context.Context, firn, dir string) ([]string, error) {
 	}
 	timer := time.NewTimer(idleTime)
 	defer timer.Stop()
-	cpu := run.cpu()
+	pid := run.cmd.Process.Pid
+	before, err := processTime(pid)
+	if err != nil {
+		return nil, err
+	}
 	select {
 	case <-timer.C:
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-	share := float64(run.cpu()-cpu) / float64(idleTime) * 100
+	after, err := processTime(pid)
+	if err != nil {
+		return nil, err
+	}
+	share := float64(after-before) / float64(idleTime) * 100
 	fmt.Fprintf(os.Stderr, "idle, %d replicas: %.2f %% of a core\n", n, share)
 	return []string{"", "### Idle", "", fmt.Sprintf("`firn up` (etcd, one node, one gateway) with %d replicas and no load, over %v: **%.2f %% of a core** (aim for the node: under 1 %%).", n, idleTime, share)}, nil
 }

@@ -55,7 +55,7 @@ func (s *served) addHealth(ctx context.Context, nodes []*clusterpb.Node) wellnes
 			w.problems = append(w.problems, &clusterpb.Problem{Severity: "warning", What: errs[i].Error(),
 				Remedy: "if it stays so, look at the node's log and at the network between it and this gateway"})
 		}
-		w.served.alive[ids[i]] = n.Alive
+		w.served.alive[ids[i]], w.served.came[ids[i]] = n.Alive, n
 		if errs[i] == nil {
 			w.take(n, &answers[i])
 		}

@@ -25,10 +25,12 @@ type servedReplicas struct {
 	// told has a node that answered with all that it serves; a node that lives and
 	// is not in it is taken at the metadata store's word.
 	told map[block.NodeID]map[replicaKey]wire.ServedReplica
+	// came has the nodes as they came up, with their disks, as far as known.
+	came map[block.NodeID]*clusterpb.Node
 }
 
 func newServed() servedReplicas {
-	return servedReplicas{alive: map[block.NodeID]bool{}, told: map[block.NodeID]map[replicaKey]wire.ServedReplica{}}
+	return servedReplicas{alive: map[block.NodeID]bool{}, told: map[block.NodeID]map[replicaKey]wire.ServedReplica{}, came: map[block.NodeID]*clusterpb.Node{}}
 }
 
 func (s servedReplicas) tell(id block.NodeID, h *wire.NodeHealth) {
@@ -49,7 +51,9 @@ func (s servedReplicas) count(g block.GroupID, r meta.ReplicaMeta) (votes, follo
 	}
 	all, told := s.told[r.Node]
 	if !told {
-		return true, true
+		n := s.came[r.Node]
+		there := n == nil || hasDisk(n, r.Disk)
+		return there, there
 	}
 	found, ok := all[replicaKey{g, r.Replica}]
 	return ok, ok && found.Follows

@@ -45,6 +45,7 @@ var (
 	diskReserve   = describe("disk_reserve_bytes", "Room held back for the index and for a start when others have filled the file system: drawn on then.", "node", "disk")
 	diskFailed    = describe("disk_failed", "1: the disk failed and takes no part.", "node", "disk")
 	nodeReplicas  = describe("node_replicas", "Replicas on the node.", "node")
+	nodeMissing   = describe("node_missing_replicas", "Replicas that the cluster gives the node, and that are not on its usable disks.", "node")
 	nodeLeading   = describe("node_leading", "Groups that the node leads.", "node")
 	nodeUpkeep    = describe("node_upkeep_total", "Work in the background.", "node", "what")
 	catchups      = describe("catchup_total", "Replicas filled from another one's state, by event: begun, done, failed_attempt; and views given to others.", "node", "event")
@@ -113,6 +114,7 @@ func nodeMetrics(id string, fs vfs.FS, status func() (node.Status, bool)) collec
 			emit(diskFailed, prometheus.GaugeValue, failed, id, disk)
 		}
 		emit(nodeReplicas, prometheus.GaugeValue, float64(len(s.Replicas)), id)
+		emit(nodeMissing, prometheus.GaugeValue, float64(s.Missing), id)
 		emit(nodeLeading, prometheus.GaugeValue, float64(s.Leading()), id)
 		emit(nodeRetired, prometheus.GaugeValue, float64(s.Retired), id)
 		emit(nodeNoSpace, prometheus.CounterValue, float64(s.Counters.NoSpace), id)

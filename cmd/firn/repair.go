@@ -153,22 +153,19 @@ func groupProblems(groups []meta.GroupMeta, nodes []*clusterpb.Node, seen served
 	}
 	gone, repairing := 0, 0
 	for _, g := range groups {
-		dead := 0
-		for _, r := range g.Replicas {
-			n := byID[uint32(r.Node)]
-			if !r.Joining && (r.Dead() || n != nil && n.Alive && !hasDisk(n, r.Disk)) {
-				dead++
-			}
-		}
 		if g.Joining() {
 			repairing++
 			continue
 		}
-		gone += dead
+		for _, r := range g.Replicas {
+			if n := byID[uint32(r.Node)]; r.Dead() || n != nil && n.Alive && !hasDisk(n, r.Disk) {
+				gone++
+			}
+		}
 	}
 	out = seen.condition(groups).problems()
 	if gone > 0 {
-		out = append(out, &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("%d %s lost, damaged, or on a disk that failed or is not there, and not being replaced yet", gone, pluralIs(gone, "replica")),
+		out = append(out, &clusterpb.Problem{Severity: severityError, What: fmt.Sprintf("%d %s lost, damaged, or on a disk that failed or is not there, and not being replaced yet", gone, pluralIs(gone, "replica")),
 			Remedy: "if it stays so for more than a minute: a new replica needs a node that is up, has a disk with room and holds no other replica of the group, and a majority of the others. Check that the right disks are mounted; see docs/repair.md"})
 	}
 	if repairing > 0 {

@@ -29,7 +29,7 @@ func groupOn(id block.GroupID, nodes ...block.NodeID) meta.GroupMeta {
 func aliveOf(nodes []*clusterpb.Node) servedReplicas {
 	seen := newServed()
 	for _, n := range nodes {
-		seen.alive[block.NodeID(n.Id)] = n.Alive
+		seen.alive[block.NodeID(n.Id)], seen.came[block.NodeID(n.Id)] = n.Alive, n
 	}
 	return seen
 }
@@ -53,8 +53,8 @@ func TestGroupProblems(t *testing.T) {
 	}{
 		{"well", groupOn(1, 1, 2, 3), three, "", ""},
 		{"lost", lost, three, "error error", "1 replica is lost, damaged, or on a disk"},
-		{"on a disk that is not there", groupOn(1, 1, 2, 3), swapped, "error", "1 replica is lost, damaged, or on a disk"},
-		{"on a failed disk", groupOn(1, 1, 2, 3), failed, "error", "1 replica is lost, damaged, or on a disk"},
+		{"on a disk that is not there", groupOn(1, 1, 2, 3), swapped, "error error", "1 replica is lost, damaged, or on a disk"},
+		{"on a failed disk", groupOn(1, 1, 2, 3), failed, "error error", "1 replica is lost, damaged, or on a disk"},
 		{"a majority lost", two, three, "error error", "no majority"},
 		{"being repaired", joining, three, "error warning", "1 of 1 groups are being repaired"},
 		{"a zone each", groupOn(1, 1, 2, 3), nodesIn("a", "b", "c"), "", ""},

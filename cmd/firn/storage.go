@@ -168,7 +168,7 @@ func (s *storage) ready(ctx context.Context) error {
 		return block.Errorf(block.Unavailable, "node %d does not know yet which replicas the cluster gives it", s.node.ID())
 	}
 	if st.Missing > 0 {
-		return block.Errorf(block.Unavailable, "node %d: %d of %d replicas that the cluster gives this node are not on its disks: check --disk and what is mounted there", s.node.ID(), st.Missing, st.Given)
+		return block.Errorf(block.Unavailable, "node %d: %d of %d replicas that the cluster gives this node are not on its disks: check --disk, what is mounted there, and whether a disk has failed", s.node.ID(), st.Missing, st.Given)
 	}
 	if behind := behind(st); behind > 0 {
 		return block.Errorf(block.Unavailable, "node %d is catching up: %d of %d replicas have no leader, or not applied what it committed",
