@@ -91,7 +91,7 @@ func TestOwners(t *testing.T) {
 	var why error
 	s.loop.Post(func() { first.Watch(func() {}, func(err error) { why = err }) })
 	other := s.newClient("other", "elsewhere")
-	if _, err := s.tryAttach(other); !errors.Is(err, block.Busy) || !strings.Contains(err.Error(), "gw") {
+	if _, err := s.tryAttach(other); !errors.Is(err, block.Busy) || !strings.Contains(err.Error(), "gw") || !strings.Contains(err.Error(), "`firn detach vol`") {
 		t.Fatalf("%v", err)
 	}
 	if first.Err() != nil {

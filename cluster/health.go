@@ -36,7 +36,7 @@ func (c *Client) NodeHealth(ctx context.Context, id block.NodeID, done func(wire
 		release(bufs)
 		switch {
 		case resp == nil:
-			done(wire.NodeHealth{}, block.Errorf(block.Unavailable, "node %d does not answer how it is", id))
+			done(wire.NodeHealth{}, block.Errorf(block.Unavailable, "node %d does not say how it is", id))
 		case resp.Status != wire.StatusOK:
 			done(wire.NodeHealth{}, block.Errorf(block.Unsupported, "node %d cannot tell how it is: %s", id, resp.Text))
 		default:

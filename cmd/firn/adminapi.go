@@ -298,11 +298,15 @@ func (s *served) statusHere() *clusterpb.StatusResponse {
 
 func (s *served) statusOfCluster(ctx context.Context) (*clusterpb.StatusResponse, error) {
 	st := s.statusHere()
-	var err error
-	if st.Nodes, err = s.nodes(ctx); err != nil {
+	groups, err := meta.ListGroups(ctx, s.store)
+	if err != nil {
 		return nil, err
 	}
-	w := s.addHealth(ctx, st.Nodes)
+	nodes, w, c, err := s.wellness(ctx, groups)
+	if err != nil {
+		return nil, err
+	}
+	st.Nodes = nodes
 	if st.Volumes, err = s.volumes(ctx); err != nil {
 		return nil, err
 	}
@@ -310,12 +314,7 @@ func (s *served) statusOfCluster(ctx context.Context) (*clusterpb.StatusResponse
 	if st.Gateways, err = s.gateways(ctx); err != nil {
 		return nil, err
 	}
-	groups, err := meta.ListGroups(ctx, s.store)
-	if err != nil {
-		return nil, err
-	}
 	st.Groups, st.Repairs = uint32(len(groups)), repairsOf(groups, w.copies)
-	c := w.served.condition(groups)
 	st.DegradedGroups, st.StuckGroups = uint32(len(c.degraded)), uint32(len(c.stuck))
 	st.Problems = append(nodeProblems(st.Nodes), groupProblems(groups, st.Nodes, w.served)...)
 	st.Problems = append(st.Problems, w.problems...)

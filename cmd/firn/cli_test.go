@@ -252,3 +252,16 @@ func TestVersionNamesTheCommit(t *testing.T) {
 		t.Error("the version names no commit")
 	}
 }
+
+// TestYieldedVolumeIsNamed: by the name that people know.
+func TestYieldedVolumeIsNamed(t *testing.T) {
+	var y yielded
+	id := block.VolumeID{1}
+	y.add(id, "demo")
+	if err := y.check(id); err == nil || !strings.Contains(err.Error(), `volume "demo" was detached`) {
+		t.Errorf("%v", err)
+	}
+	if err := y.check(block.VolumeID{2}); err != nil {
+		t.Errorf("%v", err)
+	}
+}

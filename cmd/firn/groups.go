@@ -67,6 +67,9 @@ type condition struct {
 	degraded, stuck []block.GroupID
 	// electing have all replicas and no leader.
 	electing []block.GroupID
+	// unsettled: there are groups whose replicas all vote, and do not all follow.
+	// An election does that for a moment.
+	unsettled bool
 }
 
 func (s servedReplicas) condition(groups []meta.GroupMeta) condition {
@@ -86,6 +89,7 @@ func (s servedReplicas) condition(groups []meta.GroupMeta) condition {
 				follow++
 			}
 		}
+		c.unsettled = c.unsettled || votes == members && follow < members
 		switch {
 		case votes == members && follow == 0:
 			c.electing = append(c.electing, g.ID)
@@ -140,6 +144,31 @@ func nameGroups(ids []block.GroupID) string {
 func missingProblem(n *clusterpb.Node) *clusterpb.Problem {
 	return &clusterpb.Problem{Severity: "error", What: fmt.Sprintf("node %d: %d of %d replicas that the cluster gives it are not on its disks", n.Id, n.MissingReplicas, n.GivenReplicas),
 		Remedy: "check its --disk and what is mounted there, and start it again with the right disks. A disk that stays away is replaced by copies of the other replicas, as long as those are a majority"}
+}
+
+// Elections take less than a second: what is asked in one is asked again.
+const (
+	settleTries = 3
+	settlePause = 300 * time.Millisecond
+)
+
+// wellness asks the nodes how they are and judges the groups by that, again for a
+// while if an election may be under way.
+func (s *served) wellness(ctx context.Context, groups []meta.GroupMeta) (nodes []*clusterpb.Node, w wellness, c condition, err error) {
+	for try := 1; ; try++ {
+		if nodes, err = s.nodes(ctx); err != nil {
+			return nil, w, c, err
+		}
+		w = s.addHealth(ctx, nodes)
+		if c = w.served.condition(groups); !c.unsettled || try == settleTries {
+			return nodes, w, c, nil
+		}
+		select {
+		case <-time.After(settlePause):
+		case <-ctx.Done():
+			return nodes, w, c, nil
+		}
+	}
 }
 
 // askNodes asks the nodes how they are, all at once. errs has why one did not tell.

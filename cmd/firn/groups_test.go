@@ -63,6 +63,12 @@ func TestReplicasAreCounted(t *testing.T) {
 		young.alive[id] = true
 		young.tell(id, &wire.NodeHealth{Served: []wire.ServedReplica{{Group: 1, Replica: block.ReplicaID(id)}}})
 	}
+	if c := young.condition(groups[:1]); !c.unsettled {
+		t.Error("an election is not asked about again")
+	}
+	if c := full(2).condition(groups); c.unsettled {
+		t.Error("replicas that are missing are taken for an election")
+	}
 	if ps := young.condition(groups[:1]).problems(); len(ps) != 1 || ps[0].Severity != "warning" || !strings.Contains(ps[0].What, "no leader now") {
 		t.Errorf("%v", ps)
 	}

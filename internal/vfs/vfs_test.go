@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"firn.io/firn/internal/block"
@@ -316,5 +317,19 @@ func TestCrashDecidesOnLengths(t *testing.T) {
 	}
 	if len(counts) != 3 || counts[500] == 0 || counts[1000] == 0 || counts[2000] == 0 {
 		t.Fatalf("lengths %v", counts)
+	}
+}
+
+// TestLockedFolder is named, in words for people.
+func TestLockedFolder(t *testing.T) {
+	fs, dir := vfs.NewOS(), t.TempDir()
+	l, err := vfs.Lock(fs, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, err = vfs.Lock(fs, dir)
+	if block.KindOf(err) != block.Busy || !strings.Contains(err.Error(), dir) || strings.Contains(err.Error(), "temporarily") {
+		t.Errorf("%v", err)
 	}
 }

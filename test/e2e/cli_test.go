@@ -138,6 +138,28 @@ else:
 	}
 }
 
+// TestShrinkUnderClients is refused, but for --force; and a create that is not
+// waited for says what may be.
+func TestShrinkUnderClients(t *testing.T) {
+	t.Parallel()
+	s := up(t, t.TempDir(), "--volume", "v=128M")
+	dialVolume(t, s.NBD, "v", 1)
+	r := try(t, firnBinary, "volume", "resize", "v", "64M", "--shrink", "--api", s.API)
+	if r.exit != 5 || !strings.Contains(r.stderr, "has 1 client at gateway up") || !strings.Contains(r.stderr, "--force") {
+		t.Errorf("shrink under a client: exit %d, %s", r.exit, r.stderr)
+	}
+	if out := s.firn("volume", "resize", "v", "256M", "--shrink"); !strings.Contains(out, "v is 256M now") {
+		t.Errorf("grow with --shrink: %s", out)
+	}
+	if out := s.firn("volume", "resize", "v", "64M", "--shrink", "--force"); !strings.Contains(out, "v is 64M now") {
+		t.Errorf("shrink with --force: %s", out)
+	}
+	r = try(t, firnBinary, "volume", "create", "late", "64M", "--timeout", "1ms", "--api", s.API)
+	if r.exit != 6 || !strings.Contains(r.stderr, "`firn volume show late` tells") {
+		t.Errorf("create without patience: exit %d, %s", r.exit, r.stderr)
+	}
+}
+
 func TestHTTP(t *testing.T) {
 	t.Parallel()
 	s := up(t, t.TempDir(), "--volume", "v=64M")

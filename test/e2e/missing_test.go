@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -24,6 +25,7 @@ func TestMissingReplicas(t *testing.T) {
 	}
 	health := func() result { return try(t, firnBinary, "health", "--api", c.gateway.API) }
 	awaitTrue(t, "a healthy cluster", func() bool { return health().exit == 0 })
+	c.refuseTwins()
 
 	if err := c.nodes[1].stop(); err != nil {
 		t.Fatal(err)
@@ -61,4 +63,30 @@ func TestMissingReplicas(t *testing.T) {
 	}
 	measured(t, "a client without a majority was told after %.1f s", time.Since(begin).Seconds())
 	c.gateway.await(c.gateway.stderr, "volume cannot be attached")
+}
+
+// refuseTwins starts processes with the ids of live ones: they end soon, without a
+// flood of log lines, and the way out of what they left is named.
+func (c *cluster) refuseTwins() {
+	t := c.t
+	t.Helper()
+	disk := filepath.Join(c.dir, "twin")
+	var wait sync.WaitGroup
+	for _, args := range [][]string{
+		{"node", "--id", "1", "--disk", disk + "=20G", "--etcd", c.etcdURL, "--listen", freeAddr(t), "--http", ""},
+		{"gateway", "--id", "gw1", "--data", disk + "-gw", "--etcd", c.etcdURL, "--nbd", freeAddr(t), "--api", freeAddr(t), "--http", ""},
+	} {
+		wait.Go(func() {
+			begin := time.Now()
+			r := try(t, firnBinary, args...)
+			if lines := strings.Count(r.stderr, "\n"); r.exit != 5 || !strings.Contains(r.stderr, "is running already") || lines > 10 || time.Since(begin) > time.Minute {
+				t.Errorf("a second %s: exit %d after %v, %d lines:\n%s", args[0], r.exit, time.Since(begin), lines, r.stderr)
+			}
+		})
+	}
+	wait.Wait()
+	r := try(t, firnBinary, "node", "--id", "9", "--disk", disk+"=20G", "--etcd", c.etcdURL, "--listen", freeAddr(t), "--http", "")
+	if r.exit != 12 || !strings.Contains(r.stderr, "start it with --id 1") {
+		t.Errorf("another node's folder: exit %d, %s", r.exit, r.stderr)
+	}
 }
