@@ -148,6 +148,10 @@ type Device struct {
 	// downSince is when the last connection was lost, 0 if there is one.
 	downSince clock.Instant
 
+	// next is the gateway to begin with when connections are made anew; empty: the
+	// one in use.
+	next string
+
 	// adopted: the kernel may have connections that this process has not made.
 	adopted bool
 	// lost: the kernel knows that it has to take back what is in flight. Run's.

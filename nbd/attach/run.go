@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -283,17 +284,17 @@ func (d *Device) taken(i, fd int, before Status) {
 // the one in use, as connection 0 of a new incarnation.
 func (d *Device) dialAny(ctx context.Context) (int, client.Export, error) {
 	d.mu.Lock()
-	last := d.status.Gateway
+	first := cmp.Or(d.next, d.status.Gateway)
 	now := uint64(d.cfg.Clock.Now())
 	d.status.Incarnation = max(d.status.Incarnation+1, now)
 	d.mu.Unlock()
 	d.changed()
 	var errs []error
-	for _, addr := range order(d.cfg.Gateways, last) {
+	for _, addr := range order(d.cfg.Gateways, first) {
 		fd, export, err := d.tryGateway(ctx, addr)
 		if err == nil {
 			d.mu.Lock()
-			d.status.Gateway = addr
+			d.status.Gateway, d.next = addr, ""
 			d.mu.Unlock()
 			return fd, export, nil
 		}
@@ -459,7 +460,7 @@ func (d *Device) demote(addr string) {
 	defer d.mu.Unlock()
 	for _, g := range d.cfg.Gateways {
 		if g != addr {
-			d.status.Gateway = g
+			d.next = g
 			return
 		}
 	}

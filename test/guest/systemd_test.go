@@ -113,6 +113,8 @@ func TestReboot(t *testing.T) {
 	if at := g.Run("readlink -f /dev/firn/db"); !strings.HasPrefix(at, "/dev/nbd") {
 		t.Errorf("/dev/firn/db is %s", at)
 	}
+	// The boot looks for a file system, and finds none yet.
+	g.Run("for i in $(seq 600); do systemctl list-jobs --no-pager 2>&1 | grep -q 'No jobs' && exit 0; usleep 100000; done; systemctl list-jobs --no-pager; exit 1")
 	g.Run("mkfs.ext4 -q -F /dev/firn/db; udevadm settle; systemctl reset-failed; systemctl start srv-db.mount")
 	sum := g.Run("dd if=/dev/urandom of=/srv/db/f bs=1M count=4 2>/dev/null; md5sum < /srv/db/f")
 	g.powerOff()
