@@ -3,6 +3,7 @@ package node_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -134,5 +135,36 @@ func TestFullFileSystem(t *testing.T) {
 	check("after another start")
 	if s, _ := node.Snapshot(m.loop, m.node); s.Counters.CorruptReads != 0 {
 		t.Errorf("%d corrupt reads", s.Counters.CorruptReads)
+	}
+}
+
+// TestFailedSyncAtStartIsFinal: also a sync that fails while a disk opens takes it
+// out for good (L8), whatever the reason is; of the log's files or of the index's.
+func TestFailedSyncAtStartIsFinal(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		file string
+		err  error
+	}{
+		{".seg", errors.New("input/output error")},
+		{".seg", block.Errorf(block.NoSpace, "no space left on device")},
+		{"MANIFEST", errors.New("input/output error")},
+	} {
+		l, fs := newSimLab(t)
+		m := l.nodes[0]
+		m.stop()
+		fs.SetRule(func(c vfs.Call) error {
+			if c.Op == vfs.OpSync && strings.Contains(c.Name, tc.file) {
+				return tc.err
+			}
+			return nil
+		})
+		if err := m.tryStart(); err == nil {
+			t.Fatalf("%s: the node starts", tc.file)
+		}
+		fs.SetRule(nil)
+		if err := m.tryStart(); err == nil || !strings.Contains(err.Error(), "failed before") || !strings.Contains(err.Error(), "replace it") {
+			t.Errorf("%s, %v: another start: %v", tc.file, tc.err, err)
+		}
 	}
 }

@@ -42,7 +42,7 @@ type segment struct {
 	claims      int
 	claimBlocks int64
 
-	// reserved: open for truncations alone, while no other is free.
+	// reserved: open for truncations and hard states alone, while no other is free.
 	reserved bool
 
 	freedAt uint64 // pin clock when it was found to hold nothing; 0 if it was not

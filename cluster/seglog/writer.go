@@ -212,7 +212,7 @@ func (l *Log) prepare(stream int) bool {
 	s := w.open[stream]
 	if s == nil {
 		s = l.successor(stream)
-		if s == nil && stream == fresh && l.nextTruncation() != nil {
+		if s == nil && stream == fresh && l.nextUrgent() != nil {
 			if s = l.pick(0); s != nil {
 				s.reserved = true
 			}
@@ -225,7 +225,7 @@ func (l *Log) prepare(stream int) bool {
 	}
 	if s.reserved {
 		if _, possible := l.usable(); (possible < 2 || l.tableBytes() > maxTableBytes) && l.room(s) > 0 {
-			return l.layTruncations(s)
+			return l.layUrgent(s)
 		}
 		s.reserved = false
 	}
@@ -237,7 +237,7 @@ func (l *Log) prepare(stream int) bool {
 		return true
 	}
 	// Without a successor it stays open, so that a recovery can log its cut in it.
-	if l.successor(stream) == nil && (stream != fresh || l.nextTruncation() == nil || l.pick(0) == nil) {
+	if l.successor(stream) == nil && (stream != fresh || l.nextUrgent() == nil || l.pick(0) == nil) {
 		return false
 	}
 	l.beginBatch(s, kindSeal, stream)
@@ -446,48 +446,6 @@ func (l *Log) layWrites(s *segment) bool {
 	h.payloadBlocks = blocks
 	l.endBatch(&e)
 	l.placePayloads(s)
-	return true
-}
-
-// nextTruncation returns a queued write that does nothing but truncate and was
-// not laid out early. It may overtake: what it forgets is on the disk, so no
-// write that waits before it says anything of that; unless one of the same
-// replica truncates, too, or begins or ends it.
-func (l *Log) nextTruncation() *write {
-	blocked := make(map[*Replica]bool)
-	for _, q := range l.w.queue {
-		switch {
-		case q.hasTrunc && q.flags == 0 && len(q.entries) == 0 && !q.hasHard && !blocked[q.r]:
-			if !q.early {
-				return q
-			}
-		case q.hasTrunc || q.flags != 0:
-			blocked[q.r] = true
-		}
-	}
-	return nil
-}
-
-// layTruncations lays out queued truncations alone, ahead of the writes before
-// them, in a segment of the reserve (S7): when no segment is free for entries,
-// they are what frees some. They stay queued, and are answered in their turn.
-func (l *Log) layTruncations(s *segment) bool {
-	q := l.nextTruncation()
-	if q == nil {
-		return false
-	}
-	w := &l.w
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e := newEncoder(w.buf)
-	l.beginBatch(s, kindWrites, fresh)
-	for ; q != nil && fitting(q, len(e.area), 0, l.room(s), 0) >= 0; q = l.nextTruncation() {
-		q.early = true
-		p := part{q: q}
-		l.laySection(&e, &p)
-		w.round.parts = append(w.round.parts, p)
-	}
-	l.endBatch(&e)
 	return true
 }
 

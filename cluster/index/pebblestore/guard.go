@@ -1,6 +1,7 @@
 package pebblestore
 
 import (
+	"errors"
 	"io"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -8,7 +9,7 @@ import (
 	firnvfs "firn.io/firn/internal/vfs"
 )
 
-// guard stands between Pebble and its files, once the store is open:
+// guard stands between Pebble and its files:
 //
 //   - A write that finds no room waits for it (Options.Room). Pebble would end the
 //     process where it writes its manifest, and elsewhere try again without a pause.
@@ -16,43 +17,63 @@ import (
 //     and Pebble is never answered. It would go on after a failed sync of a
 //     table, and end the process, with all its other disks, after one of its manifest.
 //
-// None of Pebble's goroutines holds a lock of the database while it writes, so
-// one that waits holds up no reader.
+// None of Pebble's goroutines holds a lock of the database while it writes, but the
+// one that opens it, so one that waits holds up no reader.
 type guard struct {
 	vfs.FS
 	s *Store
 }
 
 // do runs op until it has found room. It does not return after an error that is
-// final, nor once Close has given the database up; while the store opens, all
-// errors are returned.
+// final, nor once Open or Close has given the database up.
 func (s *Store) do(op func() error) error {
 	try := func() error {
 		if s.abandoned.Load() {
-			s.park() // another process may have the folder now
+			s.park(errAbandoned) // another process may have the folder now
 		}
 		return op()
 	}
-	var err error
-	if s.room != nil {
-		err = s.room.Do(try)
-	} else {
-		err = try()
+	for {
+		var err error
+		if s.room != nil {
+			err = s.room.Do(try)
+		} else {
+			err = try()
+		}
+		if err == nil {
+			return nil
+		}
+		if s.room == nil || !firnvfs.IsNoSpace(err) {
+			s.fail(err)
+			s.park(err)
+		}
+		s.mu.Lock()
+		if s.serving {
+			s.mu.Unlock()
+			continue // the reserve was not told when it was asked that it may wait
+		}
+		s.note(err) // the store opens or closes
+		s.mu.Unlock()
+		select {}
 	}
-	if err == nil || !s.serving.Load() {
-		return err
-	}
-	if s.room == nil || !firnvfs.IsNoSpace(err) {
-		s.fail(err)
-	} // else the store closes, and there is no room yet
-	s.park()
-	return err
 }
 
-// park keeps a goroutine of Pebble's for good, and lets Close know.
-func (s *Store) park() {
-	s.parking.Do(func() { close(s.parked) })
+var errAbandoned = errors.New("the store was given up")
+
+// park keeps a goroutine of Pebble's for good, and lets Open and Close know why.
+func (s *Store) park(err error) {
+	s.mu.Lock()
+	s.note(err)
+	s.mu.Unlock()
 	select {}
+}
+
+// note says that a goroutine is parked. mu is held.
+func (s *Store) note(err error) {
+	if s.parkedBy == nil {
+		s.parkedBy = err
+		close(s.parked)
+	}
 }
 
 // Create implements vfs.FS.
@@ -82,7 +103,7 @@ func (g guard) OpenDir(name string) (vfs.File, error) {
 // Remove implements vfs.FS. Pebble tries a file again at its next start.
 func (g guard) Remove(name string) error {
 	if g.s.abandoned.Load() {
-		g.s.park()
+		g.s.park(errAbandoned)
 	}
 	return g.FS.Remove(name)
 }

@@ -4,6 +4,7 @@ package pebblestore
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -68,10 +69,11 @@ type Store struct {
 	// Of guard. A goroutine that is parked never goes on.
 	room      *firnvfs.Reserve
 	lock      io.Closer
-	serving   atomic.Bool // Open has returned
-	abandoned atomic.Bool // Close has returned without Pebble's
-	parking   sync.Once
+	abandoned atomic.Bool   // Open or Close has returned without Pebble's
 	parked    chan struct{} // closed once a goroutine of Pebble's is parked
+	mu        sync.Mutex
+	serving   bool  // between Open and Close; under mu
+	parkedBy  error // why one is parked; under mu
 }
 
 // Open opens or creates the store in dir. Kinds Busy when another process has
@@ -80,14 +82,28 @@ type Store struct {
 func Open(dir string, o Options) (*Store, error) {
 	s := &Store{failed: o.Failed, broke: make(chan struct{}), room: o.Room, parked: make(chan struct{})}
 	p := s.options(o)
-	err := check(dir, p.FS)
-	if err == nil {
-		s.db, err = open(dir, p)
-	}
-	if err != nil {
+	if err := check(dir, p.FS); err != nil {
 		return nil, openError(dir, err)
 	}
-	s.serving.Store(true)
+	opened := make(chan error, 1)
+	go func() {
+		db, err := open(dir, p)
+		s.db = db
+		opened <- err
+	}()
+	select {
+	case err := <-opened:
+		if err != nil {
+			return nil, openError(dir, err)
+		}
+	case <-s.parked:
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.parkedBy != nil {
+		return nil, openError(dir, cmp.Or(s.abandon(), s.parkedBy))
+	}
+	s.serving = true
 	if s.room != nil {
 		s.room.Serve()
 	}
@@ -293,6 +309,9 @@ func (s *Store) Snapshot() index.Snapshot { return &snapshot{s.db.NewSnapshot()}
 // Close closes the database without flushing. One that has failed, or that waits for
 // room, is left as a crash leaves it, up to the end of the process.
 func (s *Store) Close() error {
+	s.mu.Lock()
+	s.serving = false
+	s.mu.Unlock()
 	if s.room != nil {
 		s.room.End()
 	}
@@ -316,6 +335,9 @@ func (s *Store) Close() error {
 
 func (s *Store) abandon() error {
 	s.abandoned.Store(true)
+	if s.lock == nil {
+		return nil
+	}
 	if err := s.lock.Close(); err != nil {
 		return block.Wrap(block.Internal, err, "index: close")
 	}
@@ -449,7 +471,7 @@ func (l logger) Errorf(format string, args ...any) {
 type fatal struct{ err error }
 
 // Fatalf is called for errors that Pebble does not survive; it must not return.
-// guard lets none through but while the store opens.
+// guard lets no error of a file through to where Pebble calls it.
 func (l logger) Fatalf(format string, args ...any) {
 	f := fatal{fmt.Errorf("pebble: "+format, args...)}
 	for _, a := range args {
