@@ -140,3 +140,24 @@ func TestStatusView(t *testing.T) {
 		}
 	}
 }
+
+// What a volume uses is told if the leaders of all its groups did.
+func TestUsage(t *testing.T) {
+	id := block.VolumeID{7}
+	w := wellness{served: newServed(), copies: map[uint32][]wire.CopyHealth{}, used: map[block.VolumeID]int64{}, led: map[block.GroupID]bool{}}
+	say := func(node uint32, g block.GroupID, bytes int64) {
+		w.take(&clusterpb.Node{Id: node, Alive: true}, &wire.NodeHealth{
+			Served: []wire.ServedReplica{{Group: g, Replica: 1, Follows: true, Leads: true}, {Group: 9, Replica: 2, Follows: true}},
+			Used:   []wire.VolumeUsage{{Volume: id, Bytes: bytes}},
+		})
+	}
+	v := &clusterpb.Volume{Id: id.String(), Groups: []uint64{1, 2}}
+	say(1, 1, 100)
+	if w.addUsage(v); v.UsedBytes != nil {
+		t.Errorf("%d bytes are told without a word of group 2", *v.UsedBytes)
+	}
+	say(2, 2, 20)
+	if w.addUsage(v); v.UsedBytes == nil || *v.UsedBytes != 120 {
+		t.Errorf("usage %v", v.UsedBytes)
+	}
+}

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/json"
 	"io"
 	"net"
@@ -143,7 +144,16 @@ else:
 func TestShrinkUnderClients(t *testing.T) {
 	t.Parallel()
 	s := up(t, t.TempDir(), "--volume", "v=128M")
-	dialVolume(t, s.NBD, "v", 1)
+	dev := dialVolume(t, s.NBD, "v", 1)
+	if err := dev.WriteAt(t.Context(), bytes.Repeat([]byte{7}, 1<<20), 0); err != nil {
+		t.Fatal(err)
+	}
+	var v struct {
+		UsedBytes int64 `json:"used_bytes"`
+	}
+	if err := json.Unmarshal([]byte(s.firn("volume", "show", "v", "--json")), &v); err != nil || v.UsedBytes != 1<<20 {
+		t.Errorf("used: %+v, %v", v, err)
+	}
 	r := try(t, firnBinary, "volume", "resize", "v", "64M", "--shrink", "--api", s.API)
 	if r.exit != 5 || !strings.Contains(r.stderr, "has 1 client at gateway up") || !strings.Contains(r.stderr, "--force") {
 		t.Errorf("shrink under a client: exit %d, %s", r.exit, r.stderr)
