@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,7 +32,7 @@ func TestMissingReplicas(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := filepath.Join(c.dir, "node2")
-	if err := os.Rename(dir, dir+".unmounted"); err != nil {
+	if err := errors.Join(os.Rename(dir, dir+".unmounted"), os.Mkdir(dir, 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	c.startNode(1)
