@@ -8,6 +8,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -151,7 +152,9 @@ func measure(ctx context.Context, s server, dir string, each time.Duration) ([]r
 			r.totalCPU = r.serverCPU + res.clientCPU/time.Duration(res.ops)
 		}
 		r.device = after.minus(before.counters)
-		if j.writes() {
+		if !j.settles {
+			r.device.index = math.NaN()
+		} else {
 			settled, err := run.settled(ctx)
 			if err != nil {
 				return nil, errors.Join(err, run.died())

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"runtime"
@@ -42,7 +43,7 @@ func report(rows []row, front, micro []string, o options) string {
 	p("Measured %s on %d processors (%s), %v a job, a volume of %d MiB, written once before. Client: fio with its nbd engine, one connection.",
 		time.Now().Format(time.DateOnly), runtime.NumCPU(), cpuModel(), o.each, volumeBytes>>20)
 	p("Absolute numbers are this machine's; compare the columns of one table.")
-	p("Log bytes are batches: entries and headers. Survivors that collection moved and spare segments zeroed ahead are apart; index bytes include the checkpoint of what the job wrote.")
+	p("Log bytes are batches: entries and headers. Survivors that collection moved and spare segments zeroed ahead are apart; index bytes include the checkpoint of what the job wrote, which is waited for after one job.")
 	aims(rows, micro, p)
 	peers := serverNames(rows)
 	for _, j := range jobs {
@@ -84,7 +85,7 @@ func serverNames(rows []row) (names []string) {
 
 func (r row) cells() string {
 	ratio := func(part float64) string {
-		if !r.job.writes() || !r.device.measured || r.fio.bytes == 0 {
+		if !r.job.writes() || !r.device.measured || r.fio.bytes == 0 || math.IsNaN(part) {
 			return "-"
 		}
 		return fmt.Sprintf("%.2f", part/float64(r.fio.bytes))
