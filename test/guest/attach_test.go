@@ -28,7 +28,7 @@ func stockClient(t *testing.T, g *Guest, server *role) {
 	if n := g.connectionsTo(server.guestAddr()); n != 4 {
 		t.Errorf("%d connections, want 4", n)
 	}
-	j := g.fio("stock", "/dev/nbd0", mib(scale(8, 256)), "--size="+mib(scale(8, 256))+" --iodepth=64")
+	j := g.fio("stock", "/dev/nbd0", mib(scale(4, 256)), "--iodepth=64")
 	j.done()
 	j.again()
 	g.Run("mkfs.ext4 -q -F /dev/nbd0; mount /dev/nbd0 /mnt; dd if=/dev/urandom of=/mnt/f bs=1M count=4 conv=fsync 2>/dev/null; fstrim /mnt; umount /mnt; e2fsck -fn /dev/nbd0 >/dev/null 2>&1")
@@ -46,7 +46,7 @@ func several(t *testing.T, g *Guest, server *role) *role {
 	if n := g.connectionsTo(server.guestAddr()); n < 4 || g.theAttached().Live != 4 {
 		t.Errorf("%d connections, want 4: %+v", n, g.theAttached())
 	}
-	j := g.fio("several", "/dev/firn/vol", mib(scale(12, 256)), "--iodepth=64")
+	j := g.fio("several", "/dev/firn/vol", mib(scale(4, 256)), "--iodepth=64")
 	if long {
 		j.Await(" IOPS]")
 		server.kill()

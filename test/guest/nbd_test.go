@@ -27,7 +27,10 @@ func (g *Guest) fio(name, file, size string, more string) *job {
 	j := &job{t: g.t, file: "/tmp/" + name + ".json"}
 	j.args = fmt.Sprintf("fio --name=%s --filename=%s --size=%s --rw=randwrite --bs=16k --direct=1 --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --end_fsync=1 --randseed=%d %s",
 		name, file, size, len(name)*7919, more)
-	j.Running = g.Start(j.args + " --output=" + j.file + " --output-format=json --eta=always --eta-newline=5s")
+	if !long {
+		j.args += " --rate_iops=,150" // so that what happens meanwhile meets the writes
+	}
+	j.Running = g.Start(j.args + " --output=" + j.file + " --output-format=json --eta=always --eta-newline=1s")
 	return j
 }
 
