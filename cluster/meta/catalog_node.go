@@ -38,6 +38,11 @@ func RegisterNode(ctx context.Context, s Store, r Registration, lease LeaseID) (
 	for _, d := range n.Disks {
 		live.Disks = append(live.Disks, d.ID)
 	}
+	for _, d := range n.Disks {
+		if d.ID.IsZero() {
+			return NodeMeta{}, block.Errorf(block.Invalid, "node %d registers a disk without an id", n.ID)
+		}
+	}
 	var out NodeMeta
 	err := attempt(ctx, "register the node", func() (bool, error) {
 		liveKV, err := s.Get(ctx, LiveKey(n.ID))
@@ -201,18 +206,48 @@ func MarkReplicaLost(ctx context.Context, s Store, g block.GroupID, r block.Repl
 
 // MarkReplicaDamaged records that what its node found of a replica cannot be
 // trusted (L4): it is in quarantine, and the coordinator replaces it. Busy, and
-// nothing is recorded, if the members that are left would be no majority: then
-// the group needs this one more than it needs to be rid of it, and a later start
-// of its node may find that it was well.
+// nothing is recorded, if the members that are left would be no majority, those
+// on disks that failed or are absent not counted: then the group needs this one
+// more than it needs to be rid of it, and a later start of its node may find that
+// it was well.
 func MarkReplicaDamaged(ctx context.Context, s Store, g block.GroupID, r block.ReplicaID, disk block.DiskID) error {
 	return changeReplica(ctx, s, g, r, disk, func(gm *GroupMeta, m *ReplicaMeta) error {
-		was := m.Damaged
+		if m.Damaged || m.Joining {
+			m.Damaged = true
+			return nil
+		}
 		m.Damaged = true
-		if well, members := gm.Well(); !was && !m.Joining && 2*well <= members {
+		well, members := gm.Well()
+		for i := range gm.Replicas {
+			if other := &gm.Replicas[i]; !other.Joining && !other.Dead() {
+				out, err := diskIsOut(ctx, s, other.Node, other.Disk)
+				if err != nil {
+					return err
+				}
+				if out {
+					well--
+				}
+			}
+		}
+		if 2*well <= members {
 			return block.Errorf(block.Busy, "group %d has no majority without replica %d", g, r)
 		}
 		return nil
 	})
+}
+
+// diskIsOut tells whether a node's disk failed, or was not there when the node
+// came up last.
+func diskIsOut(ctx context.Context, s Store, node block.NodeID, disk block.DiskID) (bool, error) {
+	kv, err := s.Get(ctx, NodeKey(node))
+	if err != nil || !kv.Exists() {
+		return false, err
+	}
+	n, err := DecodeNode(kv)
+	if err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(n.Disks, func(d DiskMeta) bool { return d.ID == disk && (d.Failed || d.Absent) }), nil
 }
 
 func changeReplica(ctx context.Context, s Store, g block.GroupID, r block.ReplicaID, disk block.DiskID, change func(*GroupMeta, *ReplicaMeta) error) error {

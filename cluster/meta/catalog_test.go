@@ -205,6 +205,10 @@ func TestTwoLiveNodesOfOneID(t *testing.T) {
 	}
 	_, err = meta.RegisterNode(ctx, f.s, meta.Registration{Node: meta.NodeMeta{ID: 0}}, 0)
 	f.want(err, block.Invalid, "node id 0")
+	nameless := f.registration(1, 1)
+	nameless.Node.Disks[0].ID = block.DiskID{}
+	_, err = meta.RegisterNode(ctx, f.s, nameless, f.lease(time.Hour))
+	f.want(err, block.Invalid, "without an id")
 }
 
 func TestAFailedDiskStaysFailed(t *testing.T) {
@@ -536,5 +540,35 @@ func TestEveryAnswerMayBeLost(t *testing.T) {
 		if n > last {
 			return
 		}
+	}
+}
+
+// The last majority of a group is not put into quarantine, and a member whose
+// disk failed or is not there is none of it.
+func TestDamagedCountsDisksThatAreOut(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		out  func(f *fixture)
+	}{
+		{"failed", func(f *fixture) { f.ok(meta.SetDiskFailed(ctx, f.s, 2, block.DiskID{2})) }},
+		{"absent", func(f *fixture) {
+			r := f.registration(2, 2)
+			r.Node.Disks[0].ID = block.DiskID{9}
+			_, err := meta.RegisterNode(ctx, f.s, r, f.lease(time.Hour))
+			f.ok(err)
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f := newFixture(t, 3)
+			g, _, err := meta.Campaign(ctx, f.s, 1, 7, f.lease(time.Hour))
+			f.ok(err)
+			made, err := meta.CreateGroups(ctx, f.s, g, [][]meta.Place{{{Node: 1, Disk: block.DiskID{1}}, {Node: 2, Disk: block.DiskID{2}}, {Node: 3, Disk: block.DiskID{3}}}})
+			f.ok(err)
+			first := made[0].Replicas[0]
+			c.out(f)
+			f.want(meta.MarkReplicaDamaged(ctx, f.s, made[0].ID, first.Replica, first.Disk), block.Busy, "no majority")
+			second := made[0].Replicas[1]
+			f.ok(meta.MarkReplicaDamaged(ctx, f.s, made[0].ID, second.Replica, second.Disk))
+		})
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -267,6 +268,11 @@ func TestBadDiskIsLeftOut(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, "is gone", "mount the disk"},
+		{"not a folder", func(t *testing.T) {
+			if err := errors.Join(os.RemoveAll(m.dir), os.WriteFile(m.dir, nil, 0o644)); err != nil {
+				t.Fatal(err)
+			}
+		}, "not a directory", "look whether it is a folder"},
 		{"log: newer format", func(t *testing.T) {
 			eachHeader(t, m.dir, func(h []byte) { h[4] = 2; sealHeader(h) })
 		}, "format 2 of the log", "start the build of Firn that wrote it"},

@@ -33,6 +33,9 @@ func (d *disk) open() error {
 		return err
 	}
 	lock, err := vfs.Lock(fs, dir)
+	if err != nil && block.KindOf(err) != block.Busy {
+		return block.Wrap(block.KindOf(err), err, "%s cannot be used: look whether it is a folder, on a file system that is mounted for writing", dir)
+	}
 	if err != nil {
 		return err
 	}
@@ -46,16 +49,16 @@ func (d *disk) open() error {
 	return d.recover()
 }
 
-// leaveOut sets a disk aside that could not be opened. After a failed sync or
-// another error of its own it has failed; what an operator can put right, or
-// what is damaged, is only not there: nothing but its content is wrong, and a
-// start after it was restored finds it well.
+// leaveOut sets a disk aside that could not be opened. After a failed sync it has
+// failed, for good. Anything else (damage, a file system that is read-only, too
+// few file descriptors, an error of a read) is for this start only: the disk is
+// not there, and one that finds it well uses it.
 func (d *disk) leaveOut(err error) {
 	n := d.node
 	d.failed = err
-	d.absent = block.KindOf(err) != block.Internal
+	d.absent = true
 	n.logf("disk %v in %s is left out: %v", d.id, d.cfg.Dir, err)
-	if errors.Is(err, vfs.ErrSync) {
+	if errors.Is(err, vfs.ErrSync) && !d.id.IsZero() {
 		d.absent = false
 		if merr := seglog.MarkFailed(n.cfg.FS, d.cfg.Dir, d.sb, err.Error()); merr != nil {
 			n.logf("disk %v: mark it as failed: %v", d.id, merr)

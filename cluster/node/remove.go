@@ -77,18 +77,38 @@ func (d *disk) remove(key seglog.ReplicaKey, done func(bytes int64, err error)) 
 				return
 			}
 			d.run(job, func(err error) {
+				d.busy = false
 				if err != nil {
-					end(0, err)
+					done(0, err)
 					return
 				}
-				d.run(d.index.StartFlush(), func(err error) {
-					if err == nil {
-						d.node.counters.Flushes++
-						d.log.Poke()
-					}
-					end(bytes, err)
-				})
+				d.flushRemoval(func(err error) { done(bytes, err) })
 			})
+		})
+	})
+}
+
+// flushRemoval makes durable what the index removed, however long the file
+// system is full meanwhile.
+func (d *disk) flushRemoval(done func(error)) {
+	d.whenIdle(func() {
+		if err := cmp.Or(d.failed, d.node.ending()); err != nil {
+			done(err)
+			return
+		}
+		d.busy = true
+		d.run(d.index.StartFlush(), func(err error) {
+			d.busy = false
+			switch {
+			case err == nil:
+				d.node.counters.Flushes++
+				d.log.Poke()
+				done(nil)
+			case d.failed == nil && noSpace(err):
+				d.node.loop.After(d.node.cfg.Pace.Upkeep, func() { d.flushRemoval(done) })
+			default:
+				done(err)
+			}
 		})
 	})
 }

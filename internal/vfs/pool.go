@@ -48,7 +48,7 @@ func (p *Pool) Open(name string, f Flags, c Class) (File, error) {
 
 // rest puts a file on the list of those that may be closed.
 func (p *Pool) rest(h *pooled) {
-	if h.users == 0 && h.unsynced == 0 && !h.closed && h.file != nil && h.at == nil {
+	if h.users == 0 && h.changes == h.synced && !h.closed && h.file != nil && h.at == nil {
 		h.at = p.idle.PushBack(h)
 	}
 }
@@ -82,11 +82,12 @@ type pooled struct {
 	direct bool
 
 	// Guarded by the pool's mu.
-	file     File // nil while it is closed in the system
-	users    int
-	unsynced int           // calls that changed it and ended after the last sync had begun
-	at       *list.Element // in idle
-	closed   bool
+	file    File // nil while it is closed in the system
+	users   int
+	changes uint64        // calls that changed it and have ended
+	synced  uint64        // of them, those that had ended when a sync began that went well
+	at      *list.Element // in idle
+	closed  bool
 }
 
 // take returns the file, opened, until give.
@@ -161,7 +162,7 @@ func (h *pooled) change(do func(f File) error) error {
 	return h.use(func(f File) error {
 		err := do(f)
 		h.pool.mu.Lock() // after it: a sync that begins before knows nothing of it
-		h.unsynced++
+		h.changes++
 		h.pool.mu.Unlock()
 		return err
 	})
@@ -193,12 +194,12 @@ func (h *pooled) Truncate(size int64) error {
 func (h *pooled) Sync() error {
 	return h.use(func(f File) error {
 		h.pool.mu.Lock()
-		before := h.unsynced
+		before := h.changes
 		h.pool.mu.Unlock()
 		err := f.Sync()
 		if err == nil {
 			h.pool.mu.Lock()
-			h.unsynced -= min(before, h.unsynced)
+			h.synced = max(h.synced, before)
 			h.pool.mu.Unlock()
 		}
 		return err

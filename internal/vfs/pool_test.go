@@ -6,6 +6,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"firn.io/firn/internal/vfs"
@@ -109,5 +110,63 @@ func TestPool(t *testing.T) {
 	}
 	if n := openBelow(t, dir); n != 0 || p.OpenFiles() != 0 {
 		t.Errorf("%d files are open at the end, the pool says %d", n, p.OpenFiles())
+	}
+}
+
+// slowSync is a file whose first Sync waits until it is told to go on.
+type slowSync struct {
+	vfs.File
+	began, goOn chan struct{}
+	later       atomic.Bool
+}
+
+func (f *slowSync) Sync() error {
+	err := f.File.Sync()
+	if !f.later.Swap(true) {
+		close(f.began)
+		<-f.goOn
+	}
+	return err
+}
+
+type slowFS struct {
+	vfs.FS
+	file *slowSync
+}
+
+func (s slowFS) Open(name string, f vfs.Flags, c vfs.Class) (vfs.File, error) {
+	file, err := s.FS.Open(name, f, c)
+	s.file.File = file
+	return s.file, err
+}
+
+// A write during two syncs at once belongs to neither: the file stays open.
+func TestPoolTwoSyncsAtOnce(t *testing.T) {
+	slow := &slowSync{began: make(chan struct{}), goOn: make(chan struct{})}
+	p := vfs.NewPool(slowFS{vfs.NewSim(0), slow}, 0)
+	h, err := p.Open("/f", vfs.Create, vfs.ClassLog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func() {
+		if _, err := h.WriteAt(make([]byte, 4096), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write()
+	write()
+	ended := make(chan error)
+	go func() { ended <- h.Sync() }()
+	<-slow.began
+	if err := h.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	write()
+	close(slow.goOn)
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
+	if p.OpenFiles() != 1 {
+		t.Error("a file with a write that no sync followed was closed")
 	}
 }
